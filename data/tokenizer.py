@@ -1,0 +1,129 @@
+"""Text <-> token ids with tiktoken, built from the model's own tokenizer.json. Nothing is fetched.
+
+A byte-level BPE tokenizer is three things: a pattern that cuts text into pieces, an ordered list of
+merges (which two neighbours become one token first), and the id of each token. Hugging Face keeps all
+three in tokenizer.json; tiktoken wants the pattern and a rank for every token. Ranks here are places in the
+merge list, and one table maps them to the model's ids, so the ids may be in any order and may have gaps.
+
+Simplified: byte-level BPE alone (GPT-2, Llama 3, Qwen, SmolLM); SentencePiece files are refused by name.
+Special tokens inside text are text: a user cannot type a control token.
+
+Try: python -c "from data.tokenizer import Tokenizer as T; print(T('data/base').encode('It is 10 pm.'))"
+"""
+import json
+import unicodedata
+from pathlib import Path
+
+import tiktoken
+
+# What ByteLevel(use_regex) cuts by: contractions, words, numbers, marks, white space (GPT-2's rule).
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# With Digits(individual_digits) before it (SmolLM): each digit stands alone and takes no leading space; white
+# space before a digit ends its piece there, hence \p{N} in the look-ahead. Trap 8: GPT-2's own pattern gives
+# other ids for every number.
+DIGITS_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The character that stands for each byte in tokenizer.json: itself where printable, else from U+0100
+    on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}
+
+
+def split_pattern(pre_tokenizer: dict | None, file: Path) -> str:
+    """The one regular expression that does what this file's chain of pre-tokenizers does, or a ValueError."""
+    steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
+    kinds = [step["type"] if step else None for step in steps]
+    last = steps[-1] or {}
+    if last.get("type") == "ByteLevel" and not last.get("add_prefix_space"):
+        own_regex = last.get("use_regex", True)
+        if kinds == ["ByteLevel"] and own_regex:
+            return GPT2_PATTERN
+        if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and own_regex:
+            return DIGITS_PATTERN
+        if kinds == ["Split", "ByteLevel"] and not own_regex:  # Llama 3, Qwen: the pattern stands in the file
+            pattern = steps[0]["pattern"].get("Regex")
+            if pattern and steps[0]["behavior"] == "Isolated" and not steps[0].get("invert"):
+                return pattern
+    raise ValueError(f"{file}: pre-tokenizer {kinds} is not supported; use a byte-level BPE model such as "
+                     "SmolLM2, Llama 3 or Qwen.")
+
+
+class Tokenizer:
+    """encode / decode for the model folder `folder`; `eos` ends an answer, `bos` (maybe empty) starts a
+    text."""
+
+    def __init__(self, folder: str | Path):
+        file = Path(folder) / "tokenizer.json"
+        if not file.exists():
+            raise FileNotFoundError(f"{file} is missing: a model folder needs its tokenizer.json "
+                                    "(SentencePiece's tokenizer.model alone is not supported).")
+        spec = json.loads(file.read_text(encoding="utf-8"))
+        bpe = spec["model"]
+        if bpe["type"] != "BPE" or bpe.get("byte_fallback"):
+            raise ValueError(f"{file}: a {bpe['type']} tokenizer (or one with byte fallback) is not "
+                             "byte-level BPE; use a model such as SmolLM2, Llama 3 or Qwen.")
+        normalizer = (spec.get("normalizer") or {}).get("type")
+        if normalizer not in (None, "NFC"):
+            raise ValueError(f"{file}: normalizer {normalizer} is not supported; only NFC or none is.")
+        self.nfc = normalizer == "NFC"
+
+        alphabet = byte_alphabet()
+        def to_bytes(token: str) -> bytes:
+            return bytes(alphabet[c] for c in token)
+        vocab = bpe["vocab"]
+        added = {t["content"]: t["id"] for t in spec.get("added_tokens", [])}
+        self.unknown = vocab.get(bpe.get("unk_token"), added.get(bpe.get("unk_token")))
+
+        # Rank order: the 256 bytes, then the merges. tiktoken panics on a byte without a rank, and SmolLM2
+        # lacks 21 of them: they get a rank too, which the table maps to the unknown token (or to nothing:
+        # -1).
+        ranks = {bytes([b]): b for b in range(256)}
+        by_byte = {b: c for c, b in alphabet.items()}
+        missing = -1 if self.unknown is None else self.unknown
+        self.ids = [vocab.get(by_byte[b], missing) for b in range(256)]
+        merges = [m.split(" ") if isinstance(m, str) else m for m in bpe["merges"]]
+        tokens = [left + right for left, right in merges]
+        if bpe.get("ignore_merges"):  # Llama 3: a piece that is a token is taken whole, merges or not
+            tokens += [t for t in vocab if all(c in alphabet for c in t)]
+        for token in tokens:
+            as_bytes = to_bytes(token)
+            if as_bytes not in ranks:
+                ranks[as_bytes] = len(self.ids)
+                self.ids.append(vocab[token])
+        # No special token is given to tiktoken: what a user types can then never become one.
+        self.bpe = tiktoken.Encoding(file.parent.name, pat_str=split_pattern(spec.get("pre_tokenizer"), file),
+                                     mergeable_ranks=ranks, special_tokens={})
+        self.bytes = {self.ids[rank]: token for token, rank in ranks.items() if self.ids[rank] != missing}
+        self.bytes.update({i: b"" for i in added.values()})  # control tokens show as nothing
+        self.size = max([*vocab.values(), *added.values()]) + 1
+
+        config = json.loads((file.parent / "config.json").read_text(encoding="utf-8"))
+        eos = config.get("eos_token_id")
+        self.eos: int = eos[0] if isinstance(eos, list) else eos
+        self.bos: list[int] = self.leading_tokens(spec.get("post_processor"), added)
+
+    @staticmethod
+    def leading_tokens(post_processor: dict | None, added: dict[str, int]) -> list[int]:
+        """The control tokens that Hugging Face puts before any text (Llama 3's begin_of_text; none for
+        SmolLM2)."""
+        steps = (post_processor or {}).get("processors", [post_processor or {}])
+        template = next((s["single"] for s in steps if s.get("type") == "TemplateProcessing"), [])
+        bos = []
+        for piece in template:
+            if "SpecialToken" not in piece:
+                break
+            bos.append(added[piece["SpecialToken"]["id"]])
+        return bos
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text` alone: no bos, no eos, and nothing in it is read as a control token."""
+        text = unicodedata.normalize("NFC", text) if self.nfc else text
+        return [i for i in map(self.ids.__getitem__, self.bpe.encode_ordinary(text)) if i >= 0]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of `ids`; control tokens vanish, and bytes that are no UTF-8 (a cut character) become
+        U+FFFD."""
+        return b"".join(self.bytes.get(i, b"") for i in ids).decode("utf-8", errors="replace")

@@ -1,0 +1,306 @@
+"""LoRA on a frozen int8 base: the two layers that make fine-tuning fit on a laptop.
+
+PILLOW tunes its LLM with LoRA (paper, section 3.1; LoRA: arXiv 2106.09685, section 4.1):
+
+    x (.., in) --> frozen W, int8 (out, in) ----------------> + --> y (.., out)
+         \\--> A (r, in), trained --> B (out, r), trained --> * alpha / r
+
+B starts at zero, so at step 0 the model is the base exactly. int8 here is weight-only, symmetric, one scale
+an output row: W is about q * s with q in [-127, 127]. A LoRA layer *holds* whatever linear it adapts:
+quantisation and adaptation do not know of each other.
+
+Simplified: no dropout, no per-module ranks, no bias training; files are PEFT's, so either side reads the
+other's.
+
+Try: python -c "import model, lora; m = model.load('data/base'); lora.quantize(m); print(lora.memory(m))"
+"""
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from model import fingerprint, load, read_json
+
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PEFT_PREFIX = "base_model.model.model."  # without it PEFT loads nothing and only warns (trap 7)
+
+
+# ---- the frozen base in int8 ------------------------------------------------------------------------------
+
+class Int8MatMul(torch.autograd.Function):
+    """y = (x @ q^T) * s, keeping only the int8 q for backward.
+
+    The plain expression would make autograd keep q.to(x.dtype), a float copy of every weight: 1 + 2 bytes a
+    weight, worse than a bf16 base (trap 5). Casting again in backward costs little time and no memory;
+    gradients are equal. """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(q, scale)
+        # The scale of an output row may be multiplied after the product; |q| <= 127 is exact in bf16.
+        return F.linear(x, q.to(x.dtype)) * scale.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        q, scale = ctx.saved_tensors
+        return (grad * scale.to(grad.dtype)) @ q.to(grad.dtype), None, None  # the base is frozen: x alone
+
+
+class Int8Linear(nn.Module):
+    """A frozen linear whose weight is int8: a quarter of fp32's bytes, half of bf16's."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        weight = linear.weight.detach().float()  # (out, in)
+        scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127  # (out): a row's largest becomes 127
+        # Buffers, not parameters: no optimiser can touch them.
+        self.register_buffer("q", (weight / scale[:, None]).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.numel() <= 4 * x.size(-1) \
+                and not torch.is_grad_enabled():
+            # Decoding a row or a few is bound by reading weights. This kernel reads the int8 itself: 27 us
+            # for one row of 1536 x 576, where casting first takes 222; from about 16 rows on it is the
+            # slower one.
+            y = torch._weight_int8pack_mm(x.reshape(-1, x.size(-1)), self.q, self.scale.to(x.dtype))
+            y = y.view(*x.shape[:-1], -1)
+        else:
+            y = Int8MatMul.apply(x, self.q, self.scale)
+        return y if self.bias is None else y + self.bias
+
+    def dense(self) -> Tensor:
+        """The weight (out, in) that the int8 stands for, in fp32."""
+        return self.q.float() * self.scale[:, None]
+
+
+# ---- the adapter ------------------------------------------------------------------------------------------
+
+class LoRALinear(nn.Module):
+    """y = base(x) + x A^T B^T * alpha / r around any linear; A and B stay fp32 whatever the base computes
+    in."""
+
+    def __init__(self, base: nn.Module, r: int, alpha: float, generator: torch.Generator | None = None):
+        super().__init__()
+        device = next(base.buffers() if isinstance(base, Int8Linear) else base.parameters()).device
+        n_out, n_in = (base.q if isinstance(base, Int8Linear) else base.weight).shape
+        self.base, self.scaling = base, alpha / r
+        # A: uniform with the bound of nn.Linear's default (the paper: random Gaussian). B: zero. Drawn on
+        # the CPU: the same seed gives the same A on every device.
+        bound = 1 / math.sqrt(n_in)
+        start = (torch.rand(r, n_in, generator=generator) * 2 - 1) * bound
+        self.A = nn.Parameter(start.to(device))  # (r, in)
+        self.B = nn.Parameter(torch.zeros(n_out, r, device=device))  # (out, r)
+        self.merged: Tensor | None = None  # (out, in) while merged
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged is not None:
+            return F.linear(x, self.merged, self.base.bias)
+        low = F.linear(x, self.A.to(x.dtype))  # (.., r)
+        return self.base(x) + F.linear(low, self.B.to(x.dtype)) * self.scaling
+
+    def merge(self, dtype: torch.dtype) -> None:
+        if self.merged is not None:
+            raise ValueError("this LoRA layer is merged already; merging twice would add it twice.")
+        weight = self.base.dense() if isinstance(self.base, Int8Linear) else self.base.weight.float()
+        self.merged = (weight + self.B @ self.A * self.scaling).detach().to(dtype)
+
+
+def replace_linears(model: nn.Module, names: Iterable[str], make) -> int:
+    """Puts make(linear) in the place of every linear in the blocks whose last name is in `names`; how
+    many."""
+    count = 0
+    for module in list(model.layers.modules()):
+        for name, child in list(module.named_children()):
+            if name in names and isinstance(child, (nn.Linear, Int8Linear)):
+                setattr(module, name, make(child))
+                count += 1
+    return count
+
+
+def quantize(model: nn.Module) -> nn.Module:
+    """All linears of the blocks to int8, in place, one at a time. Embedding, norms and head stay as they
+    are: the tied embedding is read by row on the way in, and as the head it decides every token."""
+    replace_linears(model, ALL_LINEAR, Int8Linear)
+    return model
+
+
+def add_lora(model: nn.Module, r: int, alpha: float, targets: Iterable[str] = ALL_LINEAR,
+             generator: torch.Generator | None = None) -> list[nn.Parameter]:
+    """Freezes the model, wraps the targets, returns what is trained. ValueError if a target matches
+    nothing."""
+    model.requires_grad_(False)
+    for target in targets:
+        if not replace_linears(model, [target], lambda linear: LoRALinear(linear, r, alpha, generator)):
+            raise ValueError(f"LoRA target '{target}' is no linear of this model; choose among {ALL_LINEAR}.")
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def merge(model: nn.Module) -> None:
+    """W + B A * alpha / r as one dense weight for each LoRA layer: nothing extra in a forward pass.
+
+    Explicit, never on eval(): loralib's implicit merge edits weights behind one's back (trap 6). An int8
+    base is dequantised first, since the adapter was trained against that; the base is kept, so unmerge is
+    exact. """
+    for layer in lora_layers(model).values():
+        layer.merge(model.norm.weight.dtype)
+
+
+def unmerge(model: nn.Module) -> None:
+    for layer in lora_layers(model).values():
+        if layer.merged is None:
+            raise ValueError("this LoRA layer is not merged.")
+        layer.merged = None
+
+
+def memory(model: nn.Module) -> str:
+    """One line for the start of a run: bytes held, and what is trained."""
+    tensors = [*model.parameters(), *model.buffers()]
+    held = sum(t.numel() * t.element_size() for t in tensors)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(t.numel() for t in tensors)
+    return f"{total / 1e6:.1f}M weights in {held / 1e6:.0f} MB, {trained / 1e6:.2f}M of them trained"
+
+
+# ---- files ------------------------------------------------------------------------------------------------
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict | None = None) -> None:
+    """safetensors under a temporary name, then renamed: a killed run leaves the old file or the new, no
+    half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, temporary,
+                  metadata={k: str(v) for k, v in (metadata or {}).items()})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # a full disk: what was half written goes
+
+
+def save_json(content: dict, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of a safetensors file; FileNotFoundError or ValueError in one sentence."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing.")
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: broken safetensors file ({error}).") from None
+
+
+def save_model(model: nn.Module, folder: str | Path, base: str | Path) -> None:
+    """All weights (merged where merged) as a Hugging Face folder: --base takes it, and transformers too."""
+    folder, base = Path(folder), Path(base)
+    merged = {f"{name}.weight": layer.merged for name, layer in lora_layers(model).items()}
+    # a base's bias stays; what is still int8 (not a target of LoRA) is written dense
+    dense = {f"{name.removesuffix('.base')}.weight": layer.dense().to(model.norm.weight.dtype)
+             for name, layer in model.named_modules() if isinstance(layer, Int8Linear)}
+    tensors = dense | {name.replace(".base.", "."): t for name, t in model.state_dict().items()
+                       if not name.endswith((".A", ".B", ".q", ".scale"))}
+    save_tensors({n if n.startswith("lm_head") else f"model.{n}": t for n, t in (tensors | merged).items()},
+                 folder / "model.safetensors", {"format": "pt"})
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json"):
+        if (base / name).exists():
+            shutil.copyfile(base / name, folder / name)
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """A and B under the names PEFT gives them."""
+    return {f"{PEFT_PREFIX}{name}.lora_{which}.weight": getattr(layer, which)
+            for name, layer in lora_layers(model).items() for which in "AB"}
+
+
+def save_adapter(model: nn.Module, folder: str | Path, base: str, base_id: str, template: str) -> None:
+    """PEFT's two files, plus nanopillow.json: on which base (and was it int8) and template it was trained."""
+    folder, layers = Path(folder), lora_layers(model)
+    first = next(iter(layers.values()))
+    r = first.A.size(0)
+    save_tensors(adapter_tensors(model), folder / "adapter_model.safetensors", {"format": "pt"})
+    save_json({"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": r,
+               "lora_alpha": first.scaling * r, "target_modules": sorted({n.split(".")[-1] for n in layers}),
+               "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True},
+              folder / "adapter_config.json")
+    save_json({"base_id": base_id, "int8": isinstance(first.base, Int8Linear), "template": template},
+              folder / "nanopillow.json")
+
+
+def load_adapter(model: nn.Module, folder: str | Path, base_id: str, template: str) -> None:
+    """Adds the adapter in `folder` (ours or PEFT's) to the model. Every key must match, or ValueError names
+    it."""
+    folder = Path(folder)
+    config_file = folder / "adapter_config.json"
+    if not config_file.exists():
+        raise FileNotFoundError(f"{config_file} is missing; run python train_sft.py, or name an adapter.")
+    config = read_json(config_file)
+    for field, plain in (("peft_type", "LORA"), ("use_dora", False), ("use_rslora", False), ("bias", "none"),
+                         ("rank_pattern", {}), ("alpha_pattern", {}), ("modules_to_save", None)):
+        if config.get(field, plain) not in (plain, None):
+            raise ValueError(f"{config_file}: {field} = {config[field]} is not supported, only {plain} is.")
+    ours = folder / "nanopillow.json"
+    if ours.exists():
+        stored = read_json(ours)
+        for field, now in (("base_id", base_id), ("template", template)):
+            if stored[field] != now:
+                raise ValueError(f"{ours}: the adapter was trained with {field} {stored[field]}, but this "
+                                 f"run has {now}; use the matching --base, or train again.")
+    targets = config["target_modules"]
+    if targets in ("all-linear", ["all-linear"]):
+        targets = ALL_LINEAR
+    targets = sorted({t.split(".")[-1] for t in targets})  # PEFT writes full names for "all-linear"
+    trained, _ = load_tensors(folder / "adapter_model.safetensors")
+    add_lora(model, config["r"], config["lora_alpha"], targets)
+    wanted = adapter_tensors(model)
+    if wrong := sorted(set(wanted) ^ set(trained)):
+        raise ValueError(f"{folder}: adapter and model differ in {len(wrong)} tensors, e.g. '{wrong[0]}'; "
+                         "it was trained on another model.")
+    for name, parameter in wanted.items():
+        if parameter.shape != trained[name].shape:
+            raise ValueError(f"{folder}: tensor '{name}' is {list(trained[name].shape)}, this model needs "
+                             f"{list(parameter.shape)}.")
+        parameter.data.copy_(trained[name])
+    if not any(trained[name].any() for name in trained if ".lora_B." in name):
+        raise ValueError(f"{folder}: every B is zero, the adapter does nothing; it was never trained.")
+    model.requires_grad_(False)
+
+
+def load_tuned(base: str | Path, adapter: str, template: str, dtype: torch.dtype,
+               device: str) -> tuple[nn.Module, str]:
+    """(base + adapter merged and frozen, an id of these weights) for answering; adapter "none": the bare
+    base.
+
+    The base is made int8 first if the adapter was trained on int8: it corrects that base's rounding, no
+    other's. """
+    model, identity = load(base, dtype, device), fingerprint(base)
+    if adapter != "none":
+        ours = Path(adapter) / "nanopillow.json"
+        if ours.exists() and read_json(ours)["int8"]:
+            quantize(model)
+        load_adapter(model, adapter, identity, template)
+        merge(model)
+        weights = (Path(adapter) / "adapter_model.safetensors").read_bytes()
+        identity += hashlib.sha256(weights).hexdigest()[:16]
+    return model, identity

@@ -1,0 +1,184 @@
+"""The matching network: which prompts of the user's pool go in front of a query (paper, section 3.2).
+
+An episode has m steps. At each one the policy sees the state, which is the query and the prompts picked so
+far, and picks one more prompt; the picked prompts, in that order, are read by the LLM before the query.
+
+    prompt j --frozen LLM--> e_j --prompt tower--> u_j \\
+                                                        scale * <s, u_j> -> softmax over those not yet picked
+    query    --frozen LLM--> q  --state tower----> s   /
+    mean of the picked e_j ------^
+
+Both towers are residual and their last layer starts at zero. So before training s = q and u_j = e_j: the
+policy *is* nearest neighbours with a temperature, and REINFORCE (train_rl.py) has to improve on the
+strongest simple baseline instead of finding it again. Prompts are embedded, not indexed: a trained matcher
+works on a pool it never saw.
+
+Simplified: the embedding is the LLM's own mean-pooled hidden state, no second model; the paper's unit is
+one MLP a side too, its sizes are not published.
+
+Letters: B queries, P prompts of the pool, C embedding width, U unit-vector width (= C), m picks, L layers.
+
+Try: python sample.py --pool data/example_pool.jsonl --prompt "Write the date in our style." --input "March
+3, 2024" """
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data.instructions import Record, check_record, length_sorted_batches
+from data.tokenizer import Tokenizer
+from lora import load_tensors, save_json, save_tensors
+from model import Transformer, read_json
+
+# ---- embeddings ------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def embed(model: Transformer, texts: Sequence[list[int]], batch_size: int = 16) -> Tensor:
+    """Token ids of each text -> the mean of its last hidden states, (N, C), fp32 on the CPU."""
+    vectors = torch.zeros(len(texts), model.config.hidden_size)  # (N, C)
+    for batch in length_sorted_batches([len(t) for t in texts], batch_size):
+        longest = max(1, max(len(texts[i]) for i in batch))
+        ids = torch.zeros(len(batch), longest, dtype=torch.long)  # (B, T), padded at the right
+        real = torch.zeros(len(batch), longest, 1)  # (B, T, 1)
+        for row, i in enumerate(batch):
+            ids[row, :len(texts[i])], real[row, :len(texts[i])] = torch.tensor(texts[i], dtype=torch.long), 1
+        hidden = model(ids.to(model.embed_tokens.weight.device)).float().cpu()  # (B, T, C)
+        vectors[batch] = (hidden * real).sum(1) / real.sum(1).clamp(min=1)
+    return vectors
+
+
+def embed_records(model: Transformer, tokenizer: Tokenizer, records: Sequence[Record]) -> Tensor:
+    """A record is known by its question: query and prompt are embedded alike, the prompt's answer plays no
+    part. Without the template's headers, which are the same for all (measured: as good, at half the
+    tokens)."""
+    texts = [f"{r['instruction']}\n{r['input']}" for r in records]
+    return embed(model, [tokenizer.bos + tokenizer.encode(t) for t in texts])
+
+
+# ---- the policy ------------------------------------------------------------------------------------------
+
+class Tower(nn.Module):
+    """x -> unit vector of (x[:C] + MLP(x)); the MLP's last layer starts at zero."""
+
+    def __init__(self, n_in: int, width: int, hidden: int, generator: torch.Generator | None):
+        super().__init__()
+        self.up, self.down, self.width = nn.Linear(n_in, hidden), nn.Linear(hidden, width), width
+        with torch.no_grad():
+            self.up.weight.copy_((torch.rand(hidden, n_in, generator=generator) * 2 - 1) / n_in**0.5)
+            self.up.bias.zero_()
+            self.down.weight.zero_()
+            self.down.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:  # (.., n_in) -> (.., C)
+        return F.normalize(x[..., :self.width] + self.down(F.relu(self.up(x))), dim=-1)
+
+
+class Matcher(nn.Module):
+    """The two towers, and the pool's mean and deviation, by which every embedding is standardised first."""
+
+    def __init__(self, pool: Tensor, hidden: int = 256, scale: float = 20.0,
+                 generator: torch.Generator | None = None):
+        super().__init__()
+        width = pool.size(1)
+        # Hidden states of an LLM share a large common part; without this all cosines are near 1.
+        self.register_buffer("mean", pool.mean(0))
+        self.register_buffer("deviation", pool.std(0, unbiased=False).clamp(min=1e-3))
+        self.prompt_tower = Tower(width, width, hidden, generator)
+        self.state_tower = Tower(2 * width, width, hidden, generator)
+        self.scale = scale  # softmax over cosine * 20: a flat start samples bad prompts and loses ground
+
+    def standardise(self, embedding: Tensor) -> Tensor:
+        return F.normalize((embedding - self.mean) / self.deviation, dim=-1)
+
+    def episodes(self, query: Tensor, pool: Tensor, m: int, picks: Tensor | None = None, greedy: bool = False,
+                 blocked: Tensor | None = None,
+                 generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """query (B, C), pool (P, C) -> picks (B, m), log-probability of each episode (B), mean entropy (B).
+
+        With `picks` it scores those instead of drawing, so acting and learning share one expression. The
+        log-probability is the sum of the *sequential* steps: what was picked is masked and the softmax is
+        taken over the rest. (Drawing without replacement but summing as if with it, PromptPG's slip, can
+        flip a gradient's sign.) Entropy is divided by the log of the number of choices: 1 is uniform.
+        blocked (B, P): never pick. """
+        query, pool = self.standardise(query), self.standardise(pool)
+        prompts = self.prompt_tower(pool)  # (P, C)
+        if blocked is None:
+            blocked = torch.zeros(len(query), len(pool), dtype=torch.bool)
+        taken = blocked  # (B, P)
+        if (~taken).sum(1).min() < m:
+            raise ValueError(f"the pool has {len(pool)} prompts, too few to pick {m} a query; lower --m.")
+        drawn, log_prob, entropy = [], 0.0, 0.0
+        picked_sum = torch.zeros_like(query)  # (B, C)
+        for step in range(m):
+            state = self.state_tower(torch.cat((query, picked_sum / max(1, step)), dim=-1))  # (B, C)
+            logits = (self.scale * state @ prompts.T).masked_fill(taken, -torch.inf)  # (B, P)
+            log_probs = logits.log_softmax(-1)  # (B, P)
+            if picks is not None:
+                pick = picks[:, step]
+            elif greedy:
+                pick = log_probs.argmax(-1)
+            else:
+                pick = torch.multinomial(log_probs.exp(), 1, generator=generator).squeeze(-1)  # (B)
+            log_prob = log_prob + log_probs.gather(1, pick[:, None]).squeeze(1)
+            # Masked before the product: 0 * -inf is NaN, and masked after it stays NaN in the gradient.
+            plogp = log_probs.exp() * log_probs.masked_fill(taken, 0.0)
+            entropy = entropy - plogp.sum(1) / (~taken).sum(1).clamp(min=2).log() / m
+            taken = taken.scatter(1, pick[:, None], True)
+            picked_sum = picked_sum + pool[pick]
+            drawn.append(pick)
+        return torch.stack(drawn, dim=1), log_prob, entropy
+
+
+# ---- what the policy is compared with --------------------------------------------------------------------
+
+def knn(query: Tensor, pool: Tensor, m: int, blocked: Tensor | None = None) -> Tensor:
+    """The m prompts nearest to each query: by construction the untrained policy, taken greedily. (B, m)"""
+    with torch.no_grad():
+        return Matcher(pool, hidden=1).episodes(query, pool, m, greedy=True, blocked=blocked)[0]
+
+
+def random_picks(n_queries: int, n_prompts: int, m: int, generator: torch.Generator,
+                 blocked: Tensor | None = None) -> Tensor:
+    """m different prompts for each query, each set equally likely; blocked (B, P): never pick. (B, m)"""
+    order = torch.rand(n_queries, n_prompts, generator=generator)
+    return (order if blocked is None else order.masked_fill(blocked, 2)).argsort(1)[:, :m]
+
+
+def same_question(queries: Sequence[Record], pool: Sequence[Record]) -> Tensor:
+    """(B, P), true where the prompt is the query itself: its answer would stand before the question (trap
+    11)."""
+    keys = [(p["instruction"], p["input"]) for p in pool]
+    same = [[(q["instruction"], q["input"]) == key for key in keys] for q in queries]
+    return torch.tensor(same, dtype=torch.bool)
+
+
+# ---- files -----------------------------------------------------------------------------------------------
+
+def save(matcher: Matcher, folder: str | Path, pool: Sequence[Record], m: int, model_id: str,
+         **notes) -> None:
+    """matcher.safetensors and matcher.json. The pool is stored too: a policy without its pool is half a
+    policy."""
+    folder = Path(folder)
+    save_tensors(matcher.state_dict(), folder / "matcher.safetensors")
+    save_json({"m": m, "hidden": matcher.prompt_tower.up.out_features, "scale": matcher.scale,
+               "model_id": model_id, **notes, "pool": list(pool)}, folder / "matcher.json")
+
+
+def load(folder: str | Path, model_id: str) -> tuple[Matcher, list[Record], int]:
+    """(matcher, its pool, m); ValueError if it was trained with another model's embeddings."""
+    folder = Path(folder)
+    if not (folder / "matcher.json").exists():
+        raise FileNotFoundError(f"{folder / 'matcher.json'} is missing; run python train_rl.py first.")
+    meta = read_json(folder / "matcher.json")
+    if meta["model_id"] != model_id:
+        raise ValueError(f"{folder}: the matcher was trained on embeddings of model {meta['model_id']}, this "
+                         f"is {model_id}; use the same --base and adapter, or train again.")
+    tensors, _ = load_tensors(folder / "matcher.safetensors")
+    matcher = Matcher(tensors["mean"].expand(1, -1), meta["hidden"], meta["scale"])
+    if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in matcher.state_dict().items()}:
+        raise ValueError(f"{folder / 'matcher.safetensors'}: tensors do not fit matcher.json; train again.")
+    matcher.load_state_dict(tensors)
+    pool = [check_record(r, f"{folder}/matcher.json: record {n}") for n, r in enumerate(meta["pool"], 1)]
+    return matcher.eval(), pool, meta["m"]

@@ -1,0 +1,403 @@
+"""A Llama-family transformer, hand-written: weights from safetensors, KV cache, batched generation.
+
+Module names are Hugging Face's, so a checkpoint needs no name map beyond dropping its "model." prefix.
+One class serves Llama 2/3, SmolLM2, Mistral, Qwen2/2.5 (biases on q, k, v) and Qwen3 (norms on q and k).
+
+PILLOW uses the model three ways: LoRA is added to it (lora.py), the matcher reads its hidden states as
+embeddings (matcher.py), and its greedy answers are what the reward judges (train_rl.py).
+
+Letters: B rows, T new tokens, S columns seen (cache + new), C width, H heads, G key/value heads, D head
+width, V vocabulary, L layers.
+
+Try: python -c "import model; print(model.load('data/base').config)"
+"""
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+# model_type -> (bias on q/k/v, norm on q and k)
+FAMILIES = {"llama": (False, False), "mistral": (False, False), "qwen2": (True, False),
+            "qwen3": (False, True)}
+
+
+def read_json(file: Path) -> dict:
+    """A JSON object; FileNotFoundError or ValueError in one sentence."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file} is missing; is {file.parent} the right folder?") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON ({error}).") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: a JSON object is expected, this is a {type(content).__name__}.")
+    return content
+
+
+@dataclass
+class Config:
+    """The fields of config.json that change the arithmetic."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: dict | None  # None, or the numbers of Llama 3's long-context scaling
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    qk_norm: bool
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "Config":
+        """From folder/config.json. What this code cannot honour is refused by name, never ignored."""
+        file = Path(folder) / "config.json"
+        raw = read_json(file)
+        family = raw.get("model_type")
+        # transformers 5 writes rope_parameters; before it there were rope_theta and rope_scaling
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        window = raw.get("sliding_window") if raw.get("use_sliding_window", family == "mistral") else None
+        for refused, what in (
+                (family not in FAMILIES, f"model_type '{family}' (only {', '.join(FAMILIES)})"),
+                ("quantization_config" in raw, "a quantised checkpoint (give the original)"),
+                (raw.get("hidden_act", "silu") != "silu", f"hidden_act '{raw.get('hidden_act')}'"),
+                (raw.get("attention_bias") or raw.get("mlp_bias"), "attention_bias or mlp_bias"),
+                # ignoring a rope type looks fine on short texts and breaks on long ones (trap 1)
+                (kind not in ("default", "llama3"), f"rope type '{kind}' (only default and llama3)"),
+                (window and window < raw.get("max_position_embeddings", 0), f"sliding_window {window}")):
+            if refused:
+                raise ValueError(f"{file}: {what} is not supported; use another model.")
+        qkv_bias, qk_norm = FAMILIES[family]
+        try:
+            heads = raw["num_attention_heads"]
+            return cls(
+                **{name: raw[name] for name in ("vocab_size", "hidden_size", "intermediate_size",
+                                                "num_hidden_layers", "num_attention_heads", "rms_norm_eps",
+                                                "max_position_embeddings")},
+                num_key_value_heads=raw.get("num_key_value_heads") or heads,
+                head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+                rope_theta=rope.get("rope_theta") or raw.get("rope_theta", 10000.0),
+                rope_scaling=rope if kind == "llama3" else None,
+                tie_word_embeddings=raw.get("tie_word_embeddings", False), qkv_bias=qkv_bias, qk_norm=qk_norm)
+        except KeyError as error:
+            raise ValueError(f"{file}: field {error} is missing.") from None
+
+
+# ---- the network -----------------------------------------------------------------------------------------
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., C) -> (..., C)
+        y = x.float()  # the mean of squares overflows or loses digits in half precision
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+def rope_tables(config: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of each position's angles, float32, (B, 1, T, D): dimension i turns by theta^(-2i/D) a
+    step."""
+    dims = torch.arange(0, config.head_dim, 2, device=positions.device).float()
+    freqs = 1 / config.rope_theta ** (dims / config.head_dim)  # (D/2); rounded as in transformers
+    if config.rope_scaling:  # Llama 3.1: slow dimensions stretch by `factor`, fast ones stay
+        s = config.rope_scaling
+        turns = s["original_max_position_embeddings"] * freqs / (2 * torch.pi)
+        low, high = s["low_freq_factor"], s["high_freq_factor"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        freqs = keep * freqs + (1 - keep) * freqs / s["factor"]
+    angles = (positions[..., None].float() * freqs).unsqueeze(1)  # (B, 1, T, D/2)
+    angles = torch.cat((angles, angles), dim=-1)  # (B, 1, T, D): halves, not pairs; see rotate
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position: dimension i turns with i + D/2, the layout of Hugging Face weights (trap 1: Meta's own
+    files pair 2i with 2i+1; with the wrong one the first token still looks right)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.head_dim = c.head_dim
+        width, kv_width = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, width, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.hidden_size, kv_width, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.hidden_size, kv_width, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(width, c.hidden_size, bias=False)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None,
+                cached: Tensor | None) -> Tensor:
+        """cached: None, or this layer's (2, B, G, S, D), whose last T columns are written here."""
+        B, T, _ = x.shape
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, G, T, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, G, T, D)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cached is not None:
+            cached[0, :, :, -T:], cached[1, :, :, -T:] = k, v
+            k, v = cached  # (B, G, S, D): all columns so far
+            # Heads that share keys become rows of one head, (B, G, H/G T, D): a quarter of enable_gqa's time
+            q = q.reshape(B, k.size(1), -1, self.head_dim)
+        elif x.device.type == "cpu":  # the CPU kernel's backward is far slower in bf16: these casts take
+            q, k, v = q.float(), k.float(), v.float()  # training from 410 to 485 tokens/s
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=cached is None,
+                                           enable_gqa=q.size(1) != k.size(1))
+        y = y.reshape(B, -1, T, self.head_dim).transpose(1, 2)  # (B, T, H, D)
+        return self.o_proj(y.reshape(B, T, -1).to(x.dtype))  # (B, T, C)
+
+
+class MLP(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # SwiGLU
+
+
+class Block(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x: Tensor, *attention_args) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), *attention_args)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Cache:
+    """Keys and values of the columns seen so far, with which of them are real: rows may be padded
+    anywhere."""
+
+    def __init__(self, config: Config, rows: int, columns: int, like: Tensor):
+        shape = (2, rows, config.num_key_value_heads, columns, config.head_dim)
+        # Zeros, not empty: a masked column has weight 0, and 0 * NaN would be NaN.
+        self.kv = [like.new_zeros(shape) for _ in range(config.num_hidden_layers)]  # L x (2, B, G, S, D)
+        self.real = torch.zeros(rows, columns, dtype=torch.bool, device=like.device)  # (B, S)
+        self.end = 0  # columns filled
+
+    def keep(self, rows: Tensor) -> None:
+        """Keeps these rows alone: the finished ones cost no more."""
+        self.kv, self.real = [layer[:, rows] for layer in self.kv], self.real[rows]
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, ids: Tensor, cache: Cache | None = None, real: Tensor | None = None) -> Tensor:
+        """ids (B, T) -> hidden states (B, T, C), after the last norm.
+
+        Without a cache: plain causal attention, rows padded at the right if at all.
+        With one: the T new columns are appended; real (B, T) says which are not padding (default: all).
+        """
+        T, cached, mask = ids.size(1), [None] * len(self.layers), None
+        if cache is None:
+            positions = torch.arange(T, device=ids.device)[None]  # (1, T)
+        else:
+            start, cache.end = cache.end, cache.end + T
+            cache.real[:, start:cache.end] = True if real is None else real
+            seen = cache.real[:, :cache.end]  # (B, S)
+            # A row's position counts its own real columns: with positions shared by the batch, every
+            # shorter row would be silently mispredicted (trap 4).
+            positions = (seen.cumsum(1) - 1)[:, start:].clamp(min=0)  # (B, T)
+            columns = torch.arange(cache.end, device=ids.device)  # (S)
+            new = columns[start:, None]  # (T, 1)
+            # Each column sees the real ones up to itself; a padded one sees itself too, or softmax gives NaN.
+            mask = (seen[:, None] & (columns <= new) | (columns == new))[:, None]  # (B, 1, T, S)
+            mask = mask.repeat(1, 1, self.config.num_attention_heads // self.config.num_key_value_heads, 1)
+            cached = [layer[:, :, :, :cache.end] for layer in cache.kv]
+        cos, sin = (table.to(self.norm.weight.dtype) for table in rope_tables(self.config, positions))
+        x = self.embed_tokens(ids)  # (B, T, C)
+        for layer, kv in zip(self.layers, cached, strict=True):
+            x = layer(x, cos, sin, mask, kv)
+        return self.norm(x)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., C) -> logits (..., V). Apart from forward: V = 49,152 columns for a width of
+        576 are a quarter of a token's cost, so callers ask only where they need them."""
+        if self.config.tie_word_embeddings:
+            return F.linear(hidden, self.embed_tokens.weight)
+        return self.lm_head(hidden)
+
+
+# ---- weights ---------------------------------------------------------------------------------------------
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The shards that the index names if there is one, else the single model.safetensors."""
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    names = set(read_json(index).get("weight_map", {}).values()) if index.exists() else {"model.safetensors"}
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder}: no weight file '{name}' (pickled .bin files are not read); "
+                                    "fetch the model again.")
+    return sorted(folder / name for name in names)
+
+
+def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Transformer:
+    """The model in `folder` (Hugging Face layout), frozen.
+
+    Built on the meta device and filled tensor by tensor, so the peak is one model. Every tensor must be there
+    once with the right shape and none may be left over, else ValueError names it.
+    """
+    config = Config.read(folder)
+    with torch.device("meta"):
+        model = Transformer(config)
+    wanted, state = model.state_dict(), {}
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():
+                    key = name.removeprefix("model.")
+                    if key == "lm_head.weight" and config.tie_word_embeddings or key.endswith("inv_freq"):
+                        continue  # some files carry a tied head's second copy, old ones the rope table
+                    if key not in wanted or key in state:
+                        raise ValueError(f"{path}: unexpected tensor '{name}', not in config.json's model.")
+                    tensor = file.get_tensor(name)
+                    if tensor.shape != wanted[key].shape or not tensor.is_floating_point():
+                        raise ValueError(f"{path}: tensor '{name}' is {tensor.dtype} {list(tensor.shape)}, "
+                                         f"but config.json makes it floats {list(wanted[key].shape)}.")
+                    # copy: keep no memory map of the file, which may be replaced under our feet
+                    state[key] = tensor.to(device=device, dtype=dtype, copy=True)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: broken safetensors file ({error}); fetch it again.") from None
+    if missing := sorted(set(wanted) - set(state)):
+        raise ValueError(f"{folder}: {len(missing)} tensors are missing, e.g. '{missing[0]}'.")
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(False)
+
+
+def fingerprint(folder: str | Path) -> str:
+    """16 hex digits that name these weights: config.json, and of each file its size, header and first
+    megabyte."""
+    digest = hashlib.sha256((Path(folder) / "config.json").read_bytes())
+    for path in weight_files(folder):
+        digest.update(str(path.stat().st_size).encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(1 << 20))
+    return digest.hexdigest()[:16]
+
+
+def pick_device(device: str, dtype: str) -> tuple[str, torch.dtype]:
+    """What --device and --dtype mean here. "auto" is cuda where there is one, and bfloat16 where the machine
+    multiplies it natively: emulated bf16 is several times slower than float32 (trap 10)."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device) or dtype not in ("auto", "bfloat16", "float32"):
+        raise ValueError(f"--device {device} --dtype {dtype}: choose auto, cpu, cuda or mps, and auto, "
+                         "bfloat16 or float32.")
+    if dtype != "auto":
+        return device, getattr(torch, dtype)
+    if device.startswith("cuda"):
+        fast = torch.cuda.is_bf16_supported()
+    else:
+        cpu = torch.cpu.get_capabilities()
+        fast = device == "cpu" and (cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+    return device, torch.bfloat16 if fast else torch.float32
+
+
+# ---- generation ------------------------------------------------------------------------------------------
+
+def sample(logits: Tensor, temperature: float, top_k: int, top_p: float,
+           generator: torch.Generator | None) -> Tensor:
+    """Logits (B, V) -> ids (B). temperature 0 is argmax; top_k 0 and top_p 1 leave all tokens in."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if 0 < top_k < logits.size(-1):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    probs = logits.softmax(-1)
+    if top_p < 1:  # the fewest tokens whose probabilities reach top_p; the most likely one always stays
+        ordered, index = probs.sort(descending=True)
+        ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
+        probs = torch.zeros_like(probs).scatter(-1, index, ordered)
+    return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
+
+
+@torch.no_grad()
+def generate(model: Transformer, prompts: Sequence[list[int]], max_new_tokens: int, eos: int,
+             stop: Sequence[int] = (), prefixes: Sequence[Tensor | None] | None = None,
+             temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
+             generator: torch.Generator | None = None,
+             on_token: Callable[[int, int], None] | None = None) -> list[list[int]]:
+    """Continues each prompt until eos, the token sequence `stop`, or max_new_tokens; returns the new ids.
+
+    prefixes: for each row, None or the (L, 2, G, P, D) of `prefill` for ids that stand before its prompt: a
+    prompt shared by many queries is computed once. on_token(row, id) is called as tokens come. Rows of any
+    length mix freely: each is padded on the left, and the result equals the row's alone. """
+    prefixes = prefixes or [None] * len(prompts)
+    rows, device = len(prompts), model.embed_tokens.weight.device
+    before = max(0 if p is None else p.size(3) for p in prefixes)
+    width = max(map(len, prompts))
+    cache = Cache(model.config, rows, before + width + max_new_tokens, model.embed_tokens.weight)
+    for row, prefix in enumerate(prefixes):
+        if prefix is not None:
+            for layer, kv in zip(cache.kv, prefix, strict=True):
+                layer[:, row, :, before - prefix.size(3):before] = kv
+            cache.real[row, before - prefix.size(3):before] = True
+    cache.end = before
+    ids = torch.zeros(rows, width, dtype=torch.long)  # (B, T)
+    real = torch.zeros(rows, width, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt):], real[row, width - len(prompt):] = torch.tensor(prompt), True
+    hidden = model(ids.to(device), cache, real.to(device))
+    answers: list[list[int]] = [[] for _ in prompts]
+    alive = list(range(rows))  # row of `prompts` that each row of the cache is; finished ones are None
+    for step in range(max_new_tokens):
+        next_ids = sample(model.head(hidden[:, -1]), temperature, top_k, top_p, generator)  # (B)
+        for i, token in enumerate(next_ids.tolist()):
+            if alive[i] is None:
+                continue
+            answer = answers[alive[i]]
+            answer.append(token)
+            if on_token:
+                on_token(alive[i], token)
+            if token == eos or (stop and answer[-len(stop):] == list(stop)):
+                alive[i] = None
+        left = [i for i, row in enumerate(alive) if row is not None]
+        if not left or step == max_new_tokens - 1:
+            break
+        if 2 * len(left) <= len(alive):  # copying the cache pays once half the rows are done
+            keep = torch.tensor(left, device=device)
+            cache.keep(keep)
+            alive, next_ids = [alive[i] for i in left], next_ids[keep]
+        hidden = model(next_ids[:, None], cache)
+    return answers
+
+
+@torch.no_grad()
+def prefill(model: Transformer, ids: list[int]) -> Tensor:
+    """Keys and values (L, 2, G, P, D) of a text that will stand before many others."""
+    cache = Cache(model.config, 1, len(ids), model.embed_tokens.weight)
+    model(torch.tensor([ids], device=model.embed_tokens.weight.device), cache)
+    return torch.stack([layer[:, 0] for layer in cache.kv])

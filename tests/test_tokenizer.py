@@ -1,0 +1,227 @@
+"""data/tokenizer.py against the `tokenizers` package: the same ids for every text, or a refusal.
+
+    pytest tests/test_tokenizer.py
+"""
+import functools
+import json
+import unicodedata
+
+import pytest
+import tokenizers
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from data.tokenizer import DIGITS_PATTERN, GPT2_PATTERN, Tokenizer, byte_alphabet, split_pattern
+
+LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+                  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
+SPECIALS = ["<|unk|>", "<|bos|>", "<|eos|>"]
+
+# Text as people and machines write it: any character, runs of white space and digits, scripts, control
+# tokens. \x04 and \U00050000 hold bytes that SmolLM2's vocabulary lacks.
+SNIPPETS = [
+    "It's", "we'LL", " don't", "DON'T", " 'tis", "10 pm", " 3.14", "1234567", "\u0663\u0664", "½", "x²",
+    "naïve", "e\u0301", "Ⅷ", "東京タワー", "안녕", "שלום", "مرحبا", "ไทย", "🙂", "👩\u200d👩\u200d👧", "🇫🇷",
+    "\u200f", "\u00a0", "\u3000", "\u2028", "\u0085", "\r\n", "\n\n\n", "\t", "    ", " \n ", "\x00", "\x04",
+    "\x1d", "\U00050000", "<|im_start|>", "<|endoftext|>", "<|bos|>", "<|unk|>", "### Response:\n", "_", "--",
+    "!?…", "ſ", "ß"]
+SPACED = " \n\t\r0123456789ab.'"
+TEXT = st.lists(st.one_of(st.sampled_from(SNIPPETS), st.text(max_size=6), st.text(SPACED, max_size=8)),
+                max_size=10).map("".join)
+MANY = settings(max_examples=1000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+@functools.cache
+def reference(folder) -> tokenizers.Tokenizer:
+    """The `tokenizers` package on the same file, with control tokens in a text read as plain text."""
+    its = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    its.encode_special_tokens = True
+    return its
+
+
+def write(folder, spec: dict, eos=2):
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": eos}))
+    return folder
+
+
+def train(style: str, corpus: str) -> dict:
+    """tokenizer.json of a small byte-level BPE in the style of GPT-2, SmolLM2, Llama 3 or Qwen."""
+    its = tokenizers.Tokenizer(models.BPE(ignore_merges=style == "llama3"))
+    if style == "gpt2":
+        its.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    elif style == "smollm":
+        its.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
+                                                     pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    else:
+        pattern = LLAMA3_PATTERN if style == "llama3" else QWEN_PATTERN
+        its.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        if style == "qwen":
+            its.normalizer = normalizers.NFC()
+    its.decoder = decoders.ByteLevel()
+    its.train_from_iterator([corpus], trainers.BpeTrainer(
+        vocab_size=700, special_tokens=SPECIALS, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    if style == "llama3":
+        its.post_processor = processors.TemplateProcessing(
+            single="<|bos|> $A", special_tokens=[("<|bos|>", 1)])
+    return json.loads(its.to_str())
+
+
+@pytest.fixture(scope="module", params=["gpt2", "smollm", "llama3", "qwen"])
+def trained(request, tmp_path_factory, story):
+    """(folder, our tokenizer, theirs) for each style."""
+    spec = train(request.param, story + "1234 2024\n\n" * 9)
+    folder = write(tmp_path_factory.mktemp(request.param) / "m", spec)
+    return folder, Tokenizer(folder), reference(folder)
+
+
+MISSING = {0x04, 0x06, 0x13, 0x14, 0x16, 0x1d, 0xc0, 0xc1, 0xf1, 0xf2, *range(0xf5, 0x100)}  # SmolLM2's 21
+
+
+# ---- the base model's own ------------------------------------------------------------------------
+
+@MANY
+@given(text=TEXT)
+@example(text="It is 10 pm.  5 x\n 7")
+@example(text="a\x04b\U00050000c")
+@example(text="<|im_start|>user<|im_end|>")
+def test_base_ids_equal_tokenizers(base, base_tokenizer, text):
+    """Trap 8: the split pattern is the model's own (SmolLM2 splits digits singly), and nothing a user types
+    becomes a control token: only bytes without a token are, each of them, the unknown one."""
+    ids = base_tokenizer.encode(text)
+    assert ids == reference(base).encode(text, add_special_tokens=False).ids
+    lacking = sum(b in MISSING for b in text.encode())
+    control = [i for i in ids if i <= 16]  # SmolLM2's control tokens are the ids 0..16
+    assert control == [base_tokenizer.unknown] * lacking
+    if not lacking:
+        assert base_tokenizer.decode(ids) == text
+
+
+
+def test_the_21_bytes_without_a_token(base, base_tokenizer):
+    """tiktoken panics on a byte that has no rank; SmolLM2's vocabulary lacks 21 of the 256."""
+    vocab = json.loads((base / "tokenizer.json").read_text("utf-8"))["model"]["vocab"]
+    lacking = {byte for char, byte in byte_alphabet().items() if char not in vocab}
+    assert lacking == MISSING and len(MISSING) == 21
+    assert base_tokenizer.encode("\x04\x06") == [0, 0] and base_tokenizer.unknown == 0
+    assert base_tokenizer.encode("\U00050000") == reference(base).encode("\U00050000").ids  # F1 90 80 80
+
+
+def test_every_token_decodes_as_tokenizers_does(base, base_tokenizer):
+    its = reference(base)
+    assert base_tokenizer.size == its.get_vocab_size() == 49152
+    for i in range(17, base_tokenizer.size):
+        assert base_tokenizer.decode([i]) == its.decode([i]), i
+    assert base_tokenizer.decode(range(17)) == ""  # control tokens show as nothing
+    assert base_tokenizer.decode([10 ** 9]) == ""
+
+
+def test_base_facts(base_tokenizer):
+    assert (base_tokenizer.eos, base_tokenizer.bos) == (2, [])
+    assert [base_tokenizer.decode([i]) for i in base_tokenizer.encode("It is 10 pm.")] \
+        == ["It", " is", " ", "1", "0", " pm", "."]
+    snow = base_tokenizer.encode("☃")
+    assert len(snow) > 1 and base_tokenizer.decode(snow[:1]) == "\ufffd"  # a cut character
+
+
+# ---- other models' styles ------------------------------------------------------------------------
+
+@MANY
+@given(text=TEXT)
+@example(text="The lighthouse keeper's 12345 pillows,  e\u0301 \r\n\r\n  end ")
+def test_trained_ids_equal_tokenizers(trained, text):
+    folder, ours, its = trained
+    ids = ours.encode(text)
+    assert ids == its.encode(text, add_special_tokens=False).ids
+    assert not set(ids) & {0, 1, 2}  # all 256 bytes have a token here, so never a control token
+    assert ours.decode(ids) == (unicodedata.normalize("NFC", text) if ours.nfc else text)
+
+
+def test_trained_facts(trained):
+    folder, ours, its = trained
+    is_llama3 = its.post_processor is not None
+    assert ours.bos == its.encode("").ids == ([1] if is_llama3 else [])
+    assert ours.eos == 2 and ours.size == its.get_vocab_size() and ours.unknown is None
+
+
+def test_styles_differ(tmp_path, story):
+    """Were one pattern used for all, the tests above would notice: the same text is cut in other places."""
+    cuts = {}
+    for style in ("gpt2", "smollm", "llama3"):
+        ours = Tokenizer(write(tmp_path / style, train(style, story + "1234 2024\n\n" * 9)))
+        cuts[style] = [ours.decode([i]) for i in ours.encode("n 2024\n\n")]
+    assert len({str(c) for c in cuts.values()}) == 3, cuts
+
+
+def test_eos_list_and_merges_as_pairs(tmp_path, story):
+    """Llama 3 lists several eos ids; tokenizers before 0.20 wrote a merge as one string with a space."""
+    spec = train("gpt2", story)
+    pairs = Tokenizer(write(tmp_path / "pairs", spec, eos=[2, 1]))
+    spec["model"]["merges"] = [" ".join(m) for m in spec["model"]["merges"]]
+    strings = Tokenizer(write(tmp_path / "strings", spec))
+    assert pairs.eos == strings.eos == 2 and pairs.encode(story) == strings.encode(story)
+    assert len(pairs.encode(story)) < len(story) / 2
+
+
+def test_ids_in_any_order(tmp_path, story):
+    """Ranks are places in the merge list, not ids: shuffled ids with gaps give the same cut."""
+    spec = train("gpt2", story)
+    plain = Tokenizer(write(tmp_path / "plain", spec)).encode(story)
+    spec["model"]["vocab"] = {t: i if i < 3 else 5000 - 3 * i for t, i in spec["model"]["vocab"].items()}
+    folder = write(tmp_path / "shuffled", spec)
+    assert Tokenizer(folder).encode(story) == [i if i < 3 else 5000 - 3 * i for i in plain]
+    assert Tokenizer(folder).encode(story) == reference(folder).encode(story).ids
+    assert Tokenizer(folder).decode(Tokenizer(folder).encode(story)) == story
+
+
+# ---- refusals ------------------------------------------------------------------------------------
+
+BPE = {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+SPLIT = {"type": "Split", "pattern": {"Regex": r"\w+"}, "behavior": "Isolated", "invert": False}
+
+
+@pytest.mark.parametrize("change, named", [
+    ({"model": {"type": "WordPiece", "vocab": {}}}, "WordPiece"),
+    ({"model": {"type": "Unigram", "vocab": []}}, "Unigram"),
+    ({"model": BPE | {"byte_fallback": True}}, "byte fallback"),  # a converted SentencePiece file
+    ({"normalizer": {"type": "Lowercase"}}, "Lowercase"),
+    ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}]}}, "Sequence"),
+    ({"pre_tokenizer": None}, "None"),
+    ({"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace"),
+    ({"pre_tokenizer": BYTE_LEVEL | {"add_prefix_space": True}}, "ByteLevel"),
+    ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [SPLIT, BYTE_LEVEL]}}, "Split"),  # cut twice
+    ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+        SPLIT | {"behavior": "Removed"}, BYTE_LEVEL | {"use_regex": False}]}}, "Split"),
+    ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+        {"type": "Digits", "individual_digits": False}, BYTE_LEVEL]}}, "Digits"),
+])
+def test_refused_by_name(tmp_path, change, named):
+    folder = write(tmp_path / "m", {"model": BPE, "pre_tokenizer": BYTE_LEVEL, "normalizer": None} | change)
+    with pytest.raises(ValueError, match=named) as error:
+        Tokenizer(folder)
+    assert str(folder / "tokenizer.json") in str(error.value)
+
+
+def test_plain_is_not_refused(tmp_path):
+    """The spec that the refusals above change is itself taken, so each refusal is due to its change."""
+    folder = write(tmp_path / "m", {"model": BPE, "pre_tokenizer": BYTE_LEVEL, "normalizer": None})
+    assert Tokenizer(folder).encode("cabc") == [0, 1]  # no token for c, and no unknown one: it vanishes
+
+
+def test_patterns(tmp_path):
+    digits = {"type": "Digits", "individual_digits": True}
+    assert split_pattern(BYTE_LEVEL, tmp_path) == GPT2_PATTERN
+    sequence = {"type": "Sequence", "pretokenizers": [digits, BYTE_LEVEL]}
+    assert split_pattern(sequence, tmp_path) == DIGITS_PATTERN
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="tokenizer.json is missing"):
+        Tokenizer(tmp_path)

@@ -1,0 +1,355 @@
+"""train_sft.py: the loss is divided rightly, a resumed run is the run, and only what should be trained is.
+
+    pytest tests/test_train_sft.py
+"""
+import json
+import random
+import sys
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+import lora
+import model as llama
+import train_sft
+from data import prepare
+from data.instructions import TEMPLATE, collate, training_example
+from data.tokenizer import Tokenizer
+from train_sft import Settings, answer_loss, epoch_batches, pick_exemplars
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny.build(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def run(base, tmp_path, monkeypatch):
+    """run(out_dir, **changes): one tiny train_sft.main; 60 records make 30 for sft, 8 steps an epoch."""
+    monkeypatch.setattr(prepare, "DATA", tmp_path / "data")
+    (tmp_path / "data").mkdir()
+    tiny.write_records(tmp_path / "mine.jsonl", tiny.records(60))
+    def go(out, **changes):
+        train_sft.main(
+            Settings(
+                **{
+                    "base": str(base),
+                    "data": str(tmp_path / "mine.jsonl"),
+                    "out_dir": str(tmp_path / out),
+                    "r": 4,
+                    "shots": 2,
+                    "batch_size": 4,
+                    "lr": 1e-2,
+                    "eval_every": 5,
+                    "device": "cpu",
+                    "dtype": "float32",
+                }
+                | changes
+            )
+        )
+        return tmp_path / out
+    return go
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---- the parts ---------------------------------------------------------------------------------------------
+
+def test_epoch_batches_depend_on_seed_and_epoch_alone(base):
+    """What --resume rests on; and each record is there once an epoch, whatever stands before it."""
+    tokenizer, records = Tokenizer(base), tiny.records(30)
+    def epoch(n, **changes):
+        random.seed(n * 17)  # the global generators must not matter
+        torch.manual_seed(n * 17)
+        s = Settings(batch_size=4, grad_accum=3, shots=2, **changes)
+        return epoch_batches(records, tokenizer, s, n)
+    first = epoch(0)
+    epoch(5)
+    assert epoch(0) == first
+    assert epoch(1) != first and epoch(0, seed=1) != first
+    assert [len(step) for step in first] == [3, 3, 2]
+    assert max(len(micro) for step in first for micro in step) == 4
+    def questions(steps):  # the end of each example, from its query on, which names the record
+        texts = [tokenizer.decode(ids) for step in steps for micro in step for ids, _ in micro]
+        return sorted(text[text.rindex("### Instruction"):] for text in texts)
+    wanted = sorted(tokenizer.decode(training_example(tokenizer, r, [], 512)[0]) for r in records)
+    assert questions(first) == questions(epoch(1)) == wanted
+    shots = [tokenizer.decode(ids).count("### Instruction") - 1
+             for step in first for micro in step for ids, _ in micro]
+    assert set(shots) == {0, 1, 2}
+
+
+def test_exemplars_are_never_the_record_itself():
+    """Trap 11, in training: the answer would stand before the question, and copying it be learned."""
+    records = tiny.records(6)
+    rng, counts, own = random.Random(0), [], 0
+    for i in [0, 3] * 2000:
+        picked = pick_exemplars(records, i, 3, 0.5, rng)
+        assert records[i] not in picked
+        counts.append(len(picked))
+        own += sum(p["task"] == records[i]["task"] for p in picked)
+    assert sorted(set(counts)) == [0, 1, 2, 3]
+    assert counts.count(0) / 4000 == pytest.approx(0.5, abs=0.04)
+    # three in four of the own task by design, and of the "any" quarter 2 of 5 by chance
+    assert own / sum(counts) == pytest.approx(0.75 + 0.25 * 2 / 5, abs=0.03)
+    assert pick_exemplars(records, 0, 0, 1.0, rng) == [] == pick_exemplars(records, 0, 3, 0.0, rng)
+
+
+def test_answer_loss_is_the_log_likelihood_of_the_answers(base):
+    """Trap 2: EOS is inside the loss, the prompt is not, and id 0 is a token like any though it pads too."""
+    tokenizer, model = Tokenizer(base), llama.load(base)
+    examples = [training_example(tokenizer, r, [], 512) for r in tiny.records(5)]
+    wanted = 0.0
+    for ids, n in examples:
+        assert ids[-1] == tokenizer.eos == 0
+        log_probs = model.head(model(torch.tensor([ids])))[0].log_softmax(-1)
+        wanted -= sum(log_probs[t - 1, ids[t]].item() for t in range(len(ids) - n, len(ids)))
+    assert answer_loss(model, *collate(examples)).item() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_learning_rate_rises_and_falls_to_a_tenth():
+    s = Settings(lr=2.0, warmup=0.1)
+    rates = [train_sft.learning_rate(step, 100, s) for step in range(101)]
+    assert rates[:11] == pytest.approx([0.2 * k for k in range(1, 11)] + [2.0])
+    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert (rates[55], rates[100]) == pytest.approx((1.1, 0.2))  # half-way down, and the end
+
+
+# ---- whole runs --------------------------------------------------------------------------------------------
+
+def test_gradient_accumulation_is_one_large_batch(run, tmp_path, monkeypatch):
+    """Trap 3: 4 micro-batches of 2 records give the gradient of one batch of 8, though their answers differ
+    in length; a mean of the micro-batches' means does not."""
+    tiny.write_records(tmp_path / "mine.jsonl", tiny.records(14))  # 8 of them for sft: an epoch is one step
+    gradients, clip = [], torch.nn.utils.clip_grad_norm_
+    def spy(parameters, limit):
+        gradients.append([p.grad.clone() for p in parameters])
+        return clip(parameters, limit)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+    sums = []
+    def spy_loss(model, ids, targets):
+        loss = answer_loss(model, ids, targets)
+        if loss.requires_grad:
+            sums.append((loss.item(), (targets >= 0).sum().item()))
+        return loss
+    monkeypatch.setattr(train_sft, "answer_loss", spy_loss)
+    one = run("one", batch_size=8, epochs=1)
+    four = run("four", batch_size=2, grad_accum=4, epochs=1)
+    assert len(gradients) == 2 and len(sums) == 1 + 4
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert max(g.abs().max() for g in gradients[0]) > 1e-2
+    [a], [b] = log(one), log(four)
+    assert a["loss"] == pytest.approx(b["loss"], abs=2e-4) and a["tokens"] == b["tokens"]
+    mean_of_means = sum(total / n for total, n in sums[1:]) / 4
+    assert abs(mean_of_means - a["loss"]) > 5e-3  # so the test could have told
+
+
+def test_a_resumed_run_is_bitwise_the_run(run):
+    """10 steps, against 5 and a resume for 5 more; across the end of an epoch (8 steps)."""
+    whole = run("whole", max_steps=10)
+    halves = run("halves", max_steps=5)
+    assert not same(*(load_file(f / "adapter_model.safetensors") for f in (whole, halves)))
+    run("halves", max_steps=10, resume=True)
+    for name in ("adapter_model.safetensors", "state.safetensors"):
+        assert same(*(load_file(folder / name) for folder in (whole, halves)))
+    keys = ("step", "loss", "lr", "grad_norm", "val_loss")
+    assert [{k: line.get(k) for k in keys} for line in log(whole)] == [
+        {k: line.get(k) for k in keys} for line in log(halves)]
+    assert [line["step"] for line in log(halves)] == list(range(1, 11))
+    assert not list(halves.glob("*.tmp"))
+
+
+def test_full_run_resumes_bitwise_too(run):
+    whole = run("whole", max_steps=4, full=True, lr=1e-3)
+    run("halves", max_steps=2, full=True, lr=1e-3)
+    halves = run("halves", max_steps=4, full=True, lr=1e-3, resume=True)
+    assert same(*(load_file(folder / "model.safetensors") for folder in (whole, halves)))
+
+
+def test_an_interrupted_run_saves_and_resumes(run, monkeypatch, capsys):
+    """Ctrl-C in the seventh step: six are saved, cli ends with 130, and the resumed run is the whole run."""
+    whole = run("whole", max_steps=10, eval_every=100)
+    calls = []
+    def pressed(*args):
+        calls.append(1)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return answer_loss(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_sft, "answer_loss", pressed)
+        with pytest.raises(KeyboardInterrupt):
+            run("broken", max_steps=10, eval_every=100)
+    assert "stopped at step 6" in capsys.readouterr().out
+    broken = run("broken", max_steps=10, eval_every=100, resume=True)
+    assert same(*(load_file(folder / "adapter_model.safetensors") for folder in (whole, broken)))
+
+
+def test_an_interrupt_before_the_first_step_can_be_resumed(run, monkeypatch):
+    def pressed(*args):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(train_sft, "answer_loss", pressed)
+        with pytest.raises(KeyboardInterrupt):
+            run("early", max_steps=2)
+    early, plain = run("early", max_steps=2, resume=True), run("plain", max_steps=2)
+    assert same(*(load_file(folder / "adapter_model.safetensors") for folder in (early, plain)))
+
+
+def test_exit_status_130_after_an_interrupt(base, tmp_path, monkeypatch, run):
+    def pressed(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train_sft, "answer_loss", pressed)
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "train_sft.py",
+            "--base",
+            str(base),
+            "--data",
+            str(tmp_path / "mine.jsonl"),
+            "--out_dir",
+            str(tmp_path / "out"),
+            "--device",
+            "cpu",
+            "--dtype",
+            "float32",
+        ],
+    )
+    with pytest.raises(SystemExit) as ended:
+        prepare.cli(Settings, train_sft.main)
+    assert ended.value.code == 130
+
+
+def test_resume_refuses_other_settings(run, tmp_path):
+    run("out", max_steps=2)
+    with pytest.raises(ValueError, match=r"\['r', 'lr'\]") as error:
+        run("out", resume=True, lr=1e-3, r=2)
+    assert "\n" not in str(error.value)
+    with pytest.raises(FileNotFoundError, match="state.safetensors"):
+        run("nothing", resume=True)
+
+
+def test_log_is_json_lines_with_what_is_needed_to_plot(run):
+    lines = log(run("out", epochs=1, max_length=200))
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert all({"loss", "lr", "grad_norm", "tokens", "seconds"} <= line.keys() for line in lines)
+    assert [line["step"] for line in lines if "val_loss" in line] == [5, 8]
+    assert all(a["tokens"] < b["tokens"] for a, b in zip(lines, lines[1:], strict=False))
+
+
+def test_training_lowers_the_loss(run):
+    lines = log(run("out", epochs=6, shots=0))
+    assert lines[-1]["val_loss"] < 0.7 * lines[0]["loss"]
+
+
+@pytest.mark.parametrize("how", [{}, {"no_int8": True}, {"targets": "q_proj,v_proj"}])
+def test_lora_leaves_the_base_alone_and_can_be_loaded(run, base, how, monkeypatch):
+    """int8 or not: after training the base's bits are what they were; load_tuned gives the trained model."""
+    kept, add = [], lora.add_lora
+    def spy(model, *args):
+        before = {n: t.clone() for n, t in model.state_dict().items()}
+        trained = add(model, *args)
+        kept.append((model, before))
+        return trained
+    file = (base / "model.safetensors").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(lora, "add_lora", spy)
+        out = run("out", max_steps=3, **how)
+    [(model, before)] = kept
+    after = {name.replace(".base.", "."): tensor for name, tensor in model.state_dict().items()
+             if not name.endswith((".A", ".B"))}
+    assert same(before, after) and (base / "model.safetensors").read_bytes() == file
+    layers = lora.lora_layers(model)
+    assert len(layers) == 2 * (2 if "targets" in how else 7)
+    assert all(layer.B.abs().max() > 0 for layer in layers.values())
+    tuned, _ = lora.load_tuned(base, str(out), TEMPLATE, torch.float32, "cpu")
+    ids = torch.arange(5, 45)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(tuned(ids), model(ids), rtol=1e-4, atol=1e-5)
+        assert (tuned(ids) - llama.load(base)(ids)).abs().max() > 0.01
+
+
+def test_full_trains_all_weights_into_a_folder_of_its_own(run, base):
+    """Its folder is a --base, for us and for transformers: the same logits."""
+    out = run("full", full=True, lr=1e-3, max_steps=3)
+    before, after = load_file(base / "model.safetensors"), load_file(out / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    assert not (out / "adapter_model.safetensors").exists()
+    run("again", base=str(out), max_steps=1)
+    import transformers
+    ids = torch.arange(5, 45)[None]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    model = llama.load(out)
+    with torch.no_grad():
+        torch.testing.assert_close(model.head(model(ids)), theirs(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_three_steps_equal_transformers_and_peft(run, base, tmp_path):
+    """The same batches through Hugging Face's model, PEFT's LoRA and torch's AdamW, from the same A: the same
+    losses and the same adapter. Nothing of ours but the batches takes part on the other side."""
+    import peft
+    import transformers
+    how = {"no_int8": True, "epochs": 1, "max_steps": 3, "shots": 1, "grad_accum": 2}
+    out = run("ours", **how)
+    s = Settings(batch_size=4, shots=1, grad_accum=2, epochs=1, lr=1e-2)
+    [folder] = (tmp_path / "data").iterdir()
+    records = [json.loads(line) for line in (folder / "sft.jsonl").read_text().splitlines()]
+    start = llama.load(base)
+    lora.add_lora(start, 4, 16.0, lora.ALL_LINEAR, torch.Generator().manual_seed(s.seed))
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(
+        r=4, lora_alpha=16.0, target_modules=list(lora.ALL_LINEAR), task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        named = dict(theirs.named_parameters())
+        for name, tensor in lora.adapter_tensors(start).items():
+            named[name.replace(".weight", ".default.weight")].copy_(tensor)
+    trained = [p for p in theirs.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=s.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    lines = log(out)
+    for line, micro_batches in zip(lines, epoch_batches(records, Tokenizer(base), s, 0), strict=False):
+        n = sum(n for batch in micro_batches for _, n in batch)
+        total = 0.0
+        for batch in micro_batches:
+            for ids, length in batch:  # one by one: no padding at all on this side
+                labels = [-100] * (len(ids) - length) + ids[-length:]
+                mean = theirs(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss
+                (mean * length / n).backward()
+                total += mean.item() * length / n
+        assert line["loss"] == pytest.approx(total, abs=2e-4)
+        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-3, abs=1e-3)
+        optimizer.param_groups[0]["lr"] = line["lr"]
+        optimizer.step()
+        optimizer.zero_grad()
+    wanted = peft.get_peft_model_state_dict(theirs)
+    ours = load_file(out / "adapter_model.safetensors")
+    assert ours.keys() == wanted.keys() and len(lines) == 3
+    for name in ours:
+        torch.testing.assert_close(ours[name], wanted[name], rtol=1e-2, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        ({"max_length": 5}, "--max_length"),
+        ({"targets": "q_proj,nose"}, "nose"),
+        ({"dtype": "float12"}, "dtype"),
+        ({"data": "nowhere"}, "--data"),
+    ],
+)
+def test_bad_values_are_told_in_a_sentence(run, wrong, words):
+    with pytest.raises(ValueError, match=words) as error:
+        run("bad", **wrong)
+    assert "\n" not in str(error.value)

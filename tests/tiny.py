@@ -1,0 +1,60 @@
+"""A model folder in the Hugging Face layout that fits in 300 kB, and records of our own writing, for tests.
+
+Made with this project's code alone. Random weights, so the answers are gibberish (often no UTF-8 either),
+which is what a test of streaming or of a cache wants. The EOS id is 0, also what rows are padded with:
+code that takes "id == pad" for "padding" fails here (trap 2).
+"""
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from data.tokenizer import byte_alphabet
+from model import Config, Transformer
+
+torch.set_num_threads(1)
+MERGES = [("#", "#"), ("##", "#"), ("I", "n"), ("In", "s"), ("t", "h"), ("th", "e"), ("o", "n"), ("e", "r"),
+          ("e", "s"), ("R", "es"), ("Ġ", "a"), ("Ġ", "the"), ("Ġ", "Ins")]
+
+
+def build(folder: Path, seed: int = 0) -> Path:
+    """Writes config.json, tokenizer.json and model.safetensors into `folder`; returns it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens = ["<eos>", *byte_alphabet(), *("".join(pair) for pair in MERGES)]
+    (folder / "tokenizer.json").write_text(json.dumps({
+        "version": "1.0", "normalizer": None, "post_processor": None, "decoder": {"type": "ByteLevel"},
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+        "added_tokens": [{"id": 0, "content": "<eos>", "special": True}],
+        "model": {"type": "BPE", "vocab": {t: i for i, t in enumerate(tokens)},
+                  "merges": [" ".join(pair) for pair in MERGES]}}), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "vocab_size": len(tokens), "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-5, "max_position_embeddings": 512, "tie_word_embeddings": True, "eos_token_id": 0,
+        "bos_token_id": 0, "torch_dtype": "float32"}), encoding="utf-8")
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, tensor in Transformer(Config.read(folder)).state_dict().items():
+        noise = torch.randn(tensor.shape, generator=generator)
+        # norms near 1; the rest keeps the size of what flows through, so that attention and depth matter
+        weights[f"model.{name}"] = 1 + 0.1 * noise if tensor.dim() == 1 else noise / tensor.size(-1) ** 0.5
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def records(n: int) -> list[dict]:
+    """n different records of two tasks, their answers between one word and five."""
+    words = ["apple", "brick", "cloud", "drum", "engine", "fox", "glass", "hill", "iron", "jam", "kite"]
+    made = []
+    for i in range(n):
+        text = " ".join(words[(i + 3 * k) % len(words)] for k in range(1 + i % 5)) + f" {i}"
+        kind = ("loud", "Say it louder.", text.upper()) if i % 2 else ("tag", "Put it in a tag.", f"<{text}>")
+        made.append({"task": kind[0], "instruction": kind[1], "input": text, "output": kind[2]})
+    return made
+
+
+def write_records(path: Path, items: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
+    return path

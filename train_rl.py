@@ -1,0 +1,362 @@
+"""REINFORCE trains the matcher: the second half of PILLOW (paper, section 3.2).
+
+The LLM (base + LoRA) is frozen and is part of the environment. For a query q the policy picks prompts a =
+(a_1..a_m), the LLM answers with them in front, and the answer's similarity to the reference is the reward
+R(q, a). We climb
+
+    J = E_q E_{a ~ pi(.|q)} [ R(q, a) ]       grad J = E [ R * grad log pi(a|q) ]      (log-derivative trick)
+
+where log pi(a|q) is the sum over the m sequential picks. Any b that does not depend on a may be subtracted
+from R, since E[grad log pi] = 0. For each query we draw K episodes; the baseline of episode k is the mean
+reward of the other K - 1 (leave-one-out): it does not depend on a_k, so it adds no bias, and it removes
+what all of them share, how easy the query is. Without it every pick with a positive reward is reinforced,
+good or bad, and the policy collapses to whatever it drew first. An entropy bonus, annealed to zero, keeps
+it looking around for a while.
+
+Simplified: nothing else. No value network, no clipping, no KL. Answers are decoded greedily, so the reward
+is a function of (query, picks): each is computed once and kept on disk, and the same command run again
+replays it.
+
+    python train_rl.py                  # needs out/sft, see train_sft.py
+    python train_rl.py --eval_only      # the comparison table alone, for the matcher in out/rl
+"""
+import hashlib
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import lora
+import matcher as matching
+import model as llama
+from data.instructions import (
+    NEXT_BLOCK,
+    TEMPLATE,
+    Record,
+    clean_answer,
+    exemplar_ids,
+    length_sorted_batches,
+    query_text,
+    read_records,
+)
+from data.prepare import cli, ensure_base, ensure_data, opt
+from data.tokenizer import Tokenizer
+
+
+@dataclass
+class Settings:
+    base: str = opt("smollm2", "base model: smollm2, a Hugging Face folder, or owner/name on the hub")
+    adapter: str = opt("out/sft", "folder of the LoRA adapter, or none for the bare base")
+    data: str = opt("bigbench", "data set: bigbench, alpaca, dolly, or a .json/.jsonl file of your own")
+    pool: str = opt("", "file of the prompts to pick from; empty: the data set's own pool split")
+    out_dir: str = opt("out/rl", "where matcher, reward cache, log and table go")
+    eval_only: bool = opt(False, "no training: the comparison table for the matcher in out_dir")
+    # the policy
+    m: int = opt(1, "prompts picked for each query")
+    hidden: int = opt(128, "width of the towers' hidden layer; wider ones memorise the queries")
+    scale: float = opt(20.0, "softmax over cosine * scale at the start; 10 lost ground before it gained")
+    # REINFORCE
+    steps: int = opt(60, "updates; each asks the LLM for up to queries x samples answers")
+    queries: int = opt(16, "queries in a step, all different: many queries teach more than many passes")
+    samples: int = opt(8, "episodes of a query, K; the baseline of one is the mean of the others")
+    lr: float = opt(3e-4, "Adam's learning rate, falling linearly to zero; 1e-3 fell below kNN")
+    entropy: float = opt(0.02, "weight of the normalised entropy bonus, falling linearly to zero")
+    # the reward
+    textual: float = opt(0.5, "reward = textual * ROUGE-L + (1 - textual) * cosine of embeddings")
+    max_new_tokens: int = opt(48, "longest answer; the default data's answers have at most 160 characters")
+    rollout_batch: int = opt(32, "answers generated together, of near-equal length")
+    # bookkeeping
+    val_queries: int = opt(160, "validation queries; the best of them all keeps its checkpoint")
+    eval_every: int = opt(15, "steps between validations (greedy picks)")
+    test_queries: int = opt(256, "test queries in the table; 0: all of them")
+    random_seeds: int = opt(3, "seeds of the table's random row")
+    fixed_tries: int = opt(16, "prompt sets tried on 32 validation queries to find the best fixed one")
+    seed: int = opt(1337, "seed of the towers, the order of queries and the picks")
+    device: str = opt("auto", "auto (cuda if there is one, else cpu), cpu, cuda, mps")
+    dtype: str = opt("auto", "auto (bfloat16 where the machine has it), bfloat16, float32")
+
+
+# ---- the reward -------------------------------------------------------------------------------------------
+
+def rouge_l(answer: str, reference: str) -> float:
+    """F1 of the longest common subsequence of words (lower case, a-z and 0-9): equal to rouge-score's
+    rougeL."""
+    a, b = (re.findall(r"[a-z0-9]+", text.lower()) for text in (answer, reference))
+    if not a or not b:
+        return 0.0
+    best = [0] * (len(b) + 1)  # best[j]: longest common subsequence of the words of a so far and b[:j]
+    for word in a:
+        diagonal = 0
+        for j, other in enumerate(b, 1):
+            diagonal, best[j] = best[j], diagonal + 1 if word == other else max(best[j], best[j - 1])
+    precision, recall = best[-1] / len(a), best[-1] / len(b)
+    return 2 * precision * recall / (precision + recall) if best[-1] else 0.0
+
+
+class Environment:
+    """The frozen LLM as REINFORCE sees it: (query, picks) -> the answer and its scores, each computed
+    once."""
+
+    def __init__(self, model: llama.Transformer, tokenizer: Tokenizer, pool: list[Record], s: Settings,
+                 identity: str, cache_file: Path):
+        self.model, self.tokenizer, self.pool, self.s = model, tokenizer, pool, s
+        # the pool's answers set the mean and deviation of every semantic score below
+        outputs = json.dumps([p["output"] for p in pool])  # the semantic score is standardised by them
+        self.identity = [identity, hashlib.sha256(outputs.encode()).hexdigest()]
+        self.stop = tokenizer.encode(NEXT_BLOCK)
+        self.prefixes: dict[int, Tensor] = {}  # pool index -> keys and values of that prompt's block
+        self.vectors: dict[str, Tensor] = {}  # text -> embedding, for the semantic score
+        references = matching.embed(model, [tokenizer.encode(p["output"]) for p in pool])
+        self.mean, self.deviation = references.mean(0), references.std(0, unbiased=False).clamp(min=1e-3)
+        self.asked = self.computed = 0
+        self.known: dict[str, dict] = {}
+        if cache_file.exists():
+            for line in cache_file.read_text(encoding="utf-8").splitlines():
+                try:
+                    entry = json.loads(line)
+                    self.known[entry["key"]] = entry
+                except (json.JSONDecodeError, KeyError):
+                    continue  # the torn last line of a run that was killed: it is computed again
+        cache_file.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(cache_file, "a", encoding="utf-8")
+        if cache_file.stat().st_size and not cache_file.read_bytes().endswith(b"\n"):
+            self.file.write("\n")  # close the torn line, or the next entry would be lost with it
+
+    def key(self, query: Record, picks: Sequence[int]) -> str:
+        """Everything the answer and its scores depend on: model, template, limits, the texts. Not the
+        weights of the mix: both scores are stored."""
+        texts = [self.identity, TEMPLATE, self.s.max_new_tokens, query_text(query), query["output"],
+                 [[query_text(self.pool[j]), self.pool[j]["output"]] for j in picks]]
+        return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:24]
+
+    def scores(self, queries: Sequence[Record], picks: Sequence[Sequence[int]]) -> list[dict]:
+        """One entry {answer, rouge, semantic, exact, prompt_tokens} for each (query, picks)."""
+        keys = [self.key(q, p) for q, p in zip(queries, picks, strict=True)]
+        todo = {k: (q, tuple(p)) for k, q, p in zip(keys, queries, picks, strict=True) if k not in self.known}
+        self.asked, self.computed = self.asked + len(keys), self.computed + len(todo)
+        jobs = list(todo.items())
+        lengths = [len(self.tokenizer.encode(query_text(q))) for _, (q, _) in jobs]
+        for batch in length_sorted_batches(lengths, self.s.rollout_batch):
+            self.compute([jobs[i] for i in batch])
+        return [self.known[k] for k in keys]
+
+    def compute(self, jobs: list[tuple[str, tuple[Record, tuple[int, ...]]]]) -> None:
+        """Answers one batch and appends its scores to the cache file. The first pick's keys and values are
+        computed once for all queries (its block comes first, so nothing before it differs): half of a
+        rollout's work."""
+        prompts, prefixes = [], []
+        for _, (query, picks) in jobs:
+            if picks and picks[0] not in self.prefixes:
+                if len(self.prefixes) >= 1000:  # 1.4 MB each for 60 tokens of the default model
+                    self.prefixes.pop(next(iter(self.prefixes)))
+                self.prefixes[picks[0]] = llama.prefill(self.model,
+                                                        exemplar_ids(self.tokenizer, [self.pool[picks[0]]]))
+            prefixes.append(self.prefixes[picks[0]] if picks else None)
+            rest = exemplar_ids(self.tokenizer, [self.pool[j] for j in picks[1:]])
+            prompts.append(rest[len(self.tokenizer.bos) if picks else 0:]
+                           + self.tokenizer.encode(query_text(query)))
+        answers = llama.generate(self.model, prompts, self.s.max_new_tokens, self.tokenizer.eos, self.stop,
+                                 prefixes)
+        texts = [clean_answer(self.tokenizer, ids) for ids in answers]
+        semantic = self.similarity(texts, [q["output"] for _, (q, _) in jobs])
+        for (key, (query, _)), text, sem, prompt, prefix in zip(jobs, texts, semantic, prompts, prefixes,
+                                                                strict=True):
+            spent = len(prompt) + (0 if prefix is None else prefix.size(3))
+            self.known[key] = {"key": key, "answer": text, "rouge": round(rouge_l(text, query["output"]), 6),
+                               "semantic": round(sem, 6), "exact": text == query["output"].strip(),
+                               "prompt_tokens": spent}
+            self.file.write(json.dumps(self.known[key]) + "\n")
+        self.file.flush()
+
+    def similarity(self, answers: list[str], references: list[str]) -> list[float]:
+        """Cosine of mean-pooled, standardised embeddings, negative ones cut to 0; 1 for equal texts."""
+        pairs = [(a, r) for a, r in zip(answers, references, strict=True) if a and a != r]
+        new = [t for t in dict.fromkeys(sum(pairs, ())) if t not in self.vectors]
+        vectors = matching.embed(self.model, [self.tokenizer.encode(t) for t in new])
+        for text, vector in zip(new, vectors, strict=True):
+            self.vectors[text] = F.normalize((vector - self.mean) / self.deviation, dim=0)
+        return [1.0 if a == r else max(0.0, float(self.vectors[a] @ self.vectors[r])) if a else 0.0
+                for a, r in zip(answers, references, strict=True)]
+
+    def reward(self, entry: dict) -> float:
+        return self.s.textual * entry["rouge"] + (1 - self.s.textual) * entry["semantic"]
+
+
+def leave_one_out(rewards: Tensor) -> Tensor:
+    """Rewards (B, K) -> advantages (B, K): each minus the mean of the query's other K - 1."""
+    K = rewards.size(1)
+    return rewards - (rewards.sum(1, keepdim=True) - rewards) / (K - 1)
+
+
+# ---- the comparison ---------------------------------------------------------------------------------------
+
+def best_fixed(env: Environment, queries: list[Record], s: Settings) -> list[int]:
+    """Of `fixed_tries` random prompt sets the one with the highest mean reward when every query gets it."""
+    tries = matching.random_picks(s.fixed_tries, len(env.pool), s.m, torch.Generator().manual_seed(s.seed))
+    blocked = matching.same_question(queries, env.pool)
+    def mean(picks: list[int]) -> float:
+        return sum(map(env.reward, env.scores(queries, same_for_all(picks, blocked)))) / len(queries)
+    return max(tries.tolist(), key=mean)
+
+
+def same_for_all(picks: list[int], blocked: Tensor) -> list[list[int]]:
+    """One set for every query; a prompt that is the query itself is left out for it (trap 11)."""
+    return [[j for j in picks if not row[j]] for row in blocked.tolist()]
+
+
+def interval(differences: Tensor, generator: torch.Generator) -> str:
+    """Mean of paired differences with its 95% bootstrap interval, in points."""
+    draws = torch.randint(len(differences), (2000, len(differences)), generator=generator)
+    low, high = (differences[draws].mean(1) * 100).quantile(torch.tensor([0.025, 0.975])).tolist()
+    return f"{differences.mean() * 100:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def comparison(env: Environment, matcher: matching.Matcher, embed, test: list[Record], val: list[Record],
+               seen_tasks: set[str], s: Settings) -> dict:
+    """Every way to pick prompts on the same test queries, through the same code; prints the table, returns
+    it."""
+    queries, pool = embed(test), embed(env.pool)
+    blocked = matching.same_question(test, env.pool)
+    with torch.no_grad():
+        learned = matcher.episodes(queries, pool, s.m, greedy=True, blocked=blocked)[0]
+    ways = {"no prompt": [[[]] * len(test)],
+            "random": [matching.random_picks(len(test), len(env.pool), s.m,
+                                             torch.Generator().manual_seed(s.seed + i), blocked).tolist()
+                       for i in range(s.random_seeds)],
+            "best fixed": [same_for_all(best_fixed(env, val[:32], s), blocked)],
+            "nearest (kNN)": [matching.knn(queries, pool, s.m, blocked).tolist()],
+            "learned": [learned.tolist()]}
+    seen = torch.tensor([q["task"] in seen_tasks for q in test])
+    rows, rouge, oracle = {}, {}, torch.zeros(len(test))
+    for name, runs in ways.items():
+        print(f"answering {len(test)} test queries: {name}", flush=True)
+        entries = [env.scores(test, picks) for picks in runs]
+        def column(key: str, entries=entries) -> Tensor:  # (runs, N)
+            return torch.tensor([[float(e[key]) for e in run] for run in entries])
+        rouge[name], exact = column("rouge").mean(0), column("exact").mean(0)  # (N): the mean over seeds
+        oracle = torch.maximum(oracle, column("rouge").amax(0))
+        own_task = [any(env.pool[j]["task"] == query["task"] for j in picks)
+                    for run in runs for query, picks in zip(test, run, strict=True)]
+        rows[name] = {"rouge_seen": rouge[name][seen].mean(), "rouge_new": rouge[name][~seen].mean(),
+                      "exact_seen": exact[seen].mean(), "exact_new": exact[~seen].mean(),
+                      "semantic": column("semantic").mean(), "right_task": sum(own_task) / len(own_task),
+                      "prompt_tokens": column("prompt_tokens").mean() / 100}
+    rows["best of these"] = {"rouge_seen": oracle[seen].mean(), "rouge_new": oracle[~seen].mean()}
+    # without new tasks (or seen ones) their mean is NaN, which is no JSON: such a column is left out
+    rows = {name: {k: round(100 * float(v), 2) for k, v in row.items() if v == v}  # NaN: no such queries
+            for name, row in rows.items()}
+
+    columns = list(rows["learned"])
+    print(f"\n{len(test)} test queries, {int(seen.sum())} of them of tasks seen in fine-tuning; m = {s.m}, "
+          f"pool of {len(env.pool)}; points of 100, prompt_tokens in tokens\n")
+    print(f"| prompts | {' | '.join(columns)} |\n|---" + "|---:" * len(columns) + "|")
+    for name, row in rows.items():
+        print(f"| {name} | {' | '.join(f'{row[k]:.1f}' if k in row else '' for k in columns)} |")
+    print()
+    generator = torch.Generator().manual_seed(0)
+    for other in ("no prompt", "nearest (kNN)"):
+        for part, rows_of_it in (("seen", seen), ("new", ~seen)):
+            if rows_of_it.any():
+                gap = interval((rouge["learned"] - rouge[other])[rows_of_it], generator)
+                rows[f"learned minus {other}, {part} tasks"] = gap
+                print(f"learned minus {other}, {part} tasks: {gap} ROUGE-L points (95% paired bootstrap)")
+    return rows
+
+
+# ---- the run ----------------------------------------------------------------------------------------------
+
+def main(s: Settings) -> None:
+    out = Path(s.out_dir)
+    device, dtype = llama.pick_device(s.device, s.dtype)
+    if s.samples < 2 or s.m < 1:
+        raise ValueError("--samples must be 2 or more, the baseline is the mean of a query's other episodes, "
+                         "and --m 1 or more.")
+
+    # ---- the environment: frozen LLM, pool, queries ------------------------------------------------------
+    base, data = ensure_base(s.base), ensure_data(s.data)
+    tokenizer = Tokenizer(base)
+    model, model_id = lora.load_tuned(base, s.adapter, TEMPLATE, dtype, device)
+    records = {split: read_records(data / f"{split}.jsonl") for split in ("rl", "val", "test")}
+    if s.eval_only:  # the pool it was trained on (trap 11), unless --pool names another
+        matcher, stored_pool, s.m = matching.load(out, model_id)
+        pool = read_records(s.pool) if s.pool else stored_pool
+    else:
+        pool = read_records(s.pool or data / "pool.jsonl")
+    seen_tasks = {r["task"] for r in read_records(data / "sft.jsonl")}
+    order = torch.Generator().manual_seed(s.seed)
+    # val and test lie in the file task by task: a shuffled part of them has all kinds
+    for split, n in (("val", s.val_queries), ("test", s.test_queries or len(records["test"])), ("rl", None)):
+        records[split] = [records[split][i] for i in torch.randperm(len(records[split]), generator=order)][:n]
+    env = Environment(model, tokenizer, pool, s, f"{model_id} {dtype}", out / "rewards.jsonl")
+    print(f"LLM {base} + {s.adapter} in {dtype} on {device}; pool of {len(pool)} prompts, m = {s.m}; "
+          f"{len(records['rl'])} queries to learn on; {len(env.known)} rewards known from earlier runs")
+
+    def embed(queries: list[Record]) -> Tensor:
+        return matching.embed_records(model, tokenizer, queries)
+    pool_vectors, val_vectors = embed(pool), embed(records["val"])
+    val_blocked = matching.same_question(records["val"], pool)
+
+    def validate(matcher: matching.Matcher) -> float:
+        with torch.no_grad():
+            picks = matcher.episodes(val_vectors, pool_vectors, s.m, greedy=True, blocked=val_blocked)[0]
+        return sum(map(env.reward, env.scores(records["val"], picks.tolist()))) / len(picks)
+
+    if not s.eval_only:
+        # ---- the loop ------------------------------------------------------------------------------------
+        matcher = matching.Matcher(pool_vectors, s.hidden, s.scale, torch.Generator().manual_seed(s.seed))
+        optimizer = torch.optim.Adam(matcher.parameters(), lr=s.lr)
+        draw = torch.Generator().manual_seed(s.seed + 1)  # the policy's own; nothing else advances it
+        best = first = validate(matcher)
+        matching.save(matcher, out, pool, s.m, model_id, step=0, val_reward=best)
+        print(f"step 0 is kNN: validation reward {best:.4f}")
+        log, began = open(out / "log.jsonl", "w", encoding="utf-8"), time.time()
+        for step in range(1, s.steps + 1):
+            rows = [(step - 1) * s.queries + i for i in range(s.queries)]
+            queries = [records["rl"][row % len(records["rl"])] for row in rows]
+            left = 1 - (step - 1) / s.steps
+            # B queries, K episodes of each
+            vectors = embed(queries).repeat_interleave(s.samples, 0)  # (B K, C)
+            blocked = matching.same_question(queries, pool).repeat_interleave(s.samples, 0)  # (B K, P)
+            picks, log_prob, entropy = matcher.episodes(vectors, pool_vectors, s.m, blocked=blocked,
+                                                        generator=draw)
+            entries = env.scores([q for q in queries for _ in range(s.samples)], picks.tolist())
+            rewards = torch.tensor([env.reward(e) for e in entries]).view(-1, s.samples)  # (B, K)
+            advantage = leave_one_out(rewards).view(-1)  # (B K)
+            loss = -(advantage * log_prob).mean() - s.entropy * left * entropy.mean()
+            for group in optimizer.param_groups:
+                group["lr"] = s.lr * left
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+            counts = Counter(map(tuple, picks.tolist()))
+            line = {"step": step, "reward": rewards.mean().item(), "advantage_std": advantage.std().item(),
+                    "entropy": entropy.mean().item(), "top_share": counts.most_common(1)[0][1] / len(picks),
+                    "distinct": len(counts), "cache_hits": 1 - env.computed / env.asked,
+                    "seconds": time.time() - began}
+            if step % s.eval_every == 0 or step == s.steps:
+                line["val_reward"] = validate(matcher)
+                if line["val_reward"] > best:  # chosen by greedy validation reward, never by training or test
+                    best = line["val_reward"]
+                    matching.save(matcher, out, pool, s.m, model_id, step=step, val_reward=best)
+            note = f"  validation {line['val_reward']:.4f} (kNN {first:.4f})" if "val_reward" in line else ""
+            print(f"step {step}/{s.steps}  reward {line['reward']:.3f}  entropy {line['entropy']:.2f} of 1  "
+                  f"{len(counts)} different picks, top one {line['top_share']:.0%}  "
+                  f"{env.computed / line['seconds']:.1f} rollouts/s{note}", flush=True)
+            log.write(json.dumps({k: round(v, 5) for k, v in line.items()}) + "\n")
+            log.flush()
+        matcher, _, _ = matching.load(out, model_id)  # the best one, which may be step 0: kNN
+    table = comparison(env, matcher, embed, records["test"], records["val"], seen_tasks, s)
+    lora.save_json({"settings": asdict(s), "rows": table}, out / "table.json")
+    print(f"saved in {out}. next: python sample.py --prompt \"...\"")
+
+
+if __name__ == "__main__":
+    cli(Settings, main)
