@@ -41,7 +41,8 @@ class Int8MatMul(torch.autograd.Function):
 
     The plain expression would make autograd keep q.to(x.dtype), a float copy of every weight: 1 + 2 bytes a
     weight, worse than a bf16 base (trap 5). Casting again in backward costs little time and no memory;
-    gradients are equal. """
+    gradients are equal.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
@@ -155,7 +156,8 @@ def merge(model: nn.Module) -> None:
 
     Explicit, never on eval(): loralib's implicit merge edits weights behind one's back (trap 6). An int8
     base is dequantised first, since the adapter was trained against that; the base is kept, so unmerge is
-    exact. """
+    exact.
+    """
     for layer in lora_layers(model).values():
         layer.merge(model.norm.weight.dtype)
 
@@ -293,7 +295,8 @@ def load_tuned(base: str | Path, adapter: str, template: str, dtype: torch.dtype
     base.
 
     The base is made int8 first if the adapter was trained on int8: it corrects that base's rounding, no
-    other's. """
+    other's.
+    """
     model, identity = load(base, dtype, device), fingerprint(base)
     if adapter != "none":
         ours = Path(adapter) / "nanopillow.json"

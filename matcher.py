@@ -19,7 +19,8 @@ one MLP a side too, its sizes are not published.
 Letters: B queries, P prompts of the pool, C embedding width, U unit-vector width (= C), m picks, L layers.
 
 Try: python sample.py --pool data/example_pool.jsonl --prompt "Write the date in our style." --input "March
-3, 2024" """
+3, 2024"
+"""
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -101,7 +102,8 @@ class Matcher(nn.Module):
         log-probability is the sum of the *sequential* steps: what was picked is masked and the softmax is
         taken over the rest. (Drawing without replacement but summing as if with it, PromptPG's slip, can
         flip a gradient's sign.) Entropy is divided by the log of the number of choices: 1 is uniform.
-        blocked (B, P): never pick. """
+        blocked (B, P): never pick.
+        """
         query, pool = self.standardise(query), self.standardise(pool)
         prompts = self.prompt_tower(pool)  # (P, C)
         if blocked is None:

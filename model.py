@@ -354,7 +354,8 @@ def generate(model: Transformer, prompts: Sequence[list[int]], max_new_tokens: i
 
     prefixes: for each row, None or the (L, 2, G, P, D) of `prefill` for ids that stand before its prompt: a
     prompt shared by many queries is computed once. on_token(row, id) is called as tokens come. Rows of any
-    length mix freely: each is padded on the left, and the result equals the row's alone. """
+    length mix freely: each is padded on the left, and the result equals the row's alone.
+    """
     prefixes = prefixes or [None] * len(prompts)
     rows, device = len(prompts), model.embed_tokens.weight.device
     before = max(0 if p is None else p.size(3) for p in prefixes)

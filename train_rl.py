@@ -250,7 +250,7 @@ def comparison(env: Environment, matcher: matching.Matcher, embed, test: list[Re
                       "prompt_tokens": column("prompt_tokens").mean() / 100}
     rows["best of these"] = {"rouge_seen": oracle[seen].mean(), "rouge_new": oracle[~seen].mean()}
     # without new tasks (or seen ones) their mean is NaN, which is no JSON: such a column is left out
-    rows = {name: {k: round(100 * float(v), 2) for k, v in row.items() if v == v}  # NaN: no such queries
+    rows = {name: {k: round(100 * float(v), 2) for k, v in row.items() if v == v}
             for name, row in rows.items()}
 
     columns = list(rows["learned"])

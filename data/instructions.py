@@ -106,7 +106,8 @@ def training_example(tokenizer: Tokenizer, record: Record, exemplars: Sequence[R
 
     EOS is part of the loss, or the model never learns to stop (trap 2). Exemplars that do not fit are
     dropped, the farthest first; None if the record itself does not fit: an answer that is cut loses its
-    EOS. """
+    EOS.
+    """
     query = tokenizer.encode(query_text(record))
     answer = tokenizer.encode(record["output"]) + [tokenizer.eos]
     for first in range(len(exemplars) + 1):

@@ -249,7 +249,7 @@ def test_log_is_json_lines_with_what_is_needed_to_plot(run):
 
 def test_training_lowers_the_loss(run):
     lines = log(run("out", epochs=6, shots=0))
-    assert lines[-1]["val_loss"] < 0.7 * lines[0]["loss"]
+    assert lines[-1]["val_loss"] < 0.8 * lines[0]["loss"]
 
 
 @pytest.mark.parametrize("how", [{}, {"no_int8": True}, {"targets": "q_proj,v_proj"}])
