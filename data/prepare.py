@@ -45,8 +45,7 @@ SETS = {  # name: address, what it is, sha256 where the file cannot change
 # The selection of BIG-bench, groups of {task: instruction}: short rewriting and generation, which small
 # models can do when shown how; they guess at multiple choice. Instructions are ours: what users type. "style
 # 2." names an answer's form without showing it, a matched prompt does. A group is one operation: new to the
-# LoRA in all styles or none. Every third is new; a hash of their names, blind to what they are, made this
-# order.
+# LoRA in all styles or none. Every third is new; a hash of their names, blind to them, made this order.
 GROUPS = json.loads((DATA / "bigbench_tasks.json").read_text(encoding="utf-8"))
 # a task is its folder's name up to "_json", "_1" (_2: the same examples, prompted otherwise) or "subtask003"
 TASK_PATH = r"[\w.-]+/bigbench/benchmark_tasks/(?:\w+/)?(\w+?)(?:_json|_1|(?<=subtask\d\d\d)_\w+)?/task\.json"

@@ -100,8 +100,8 @@ def test_an_answer_of_the_pad_id_carries_loss():
 
 
 def test_segments_are_tokenised_apart(base_tokenizer):
-    """Joined as text, the "\\n" that ends the query and the spaces that begin the answer would be cut apart;
-    the mask would then begin inside a token."""
+    """Joined as text, the newline that ends the query and the spaces that begin the answer would be cut
+    elsewhere; the mask would then begin inside a token."""
     list_record = record("List what to buy.", "  - milk\n  - 12 eggs")
     text, answer = query_text(list_record), list_record["output"]
     encode = base_tokenizer.encode
