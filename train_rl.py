@@ -275,9 +275,9 @@ def comparison(env: Environment, matcher: matching.Matcher, embed, test: list[Re
 def main(s: Settings) -> None:
     out = Path(s.out_dir)
     device, dtype = llama.pick_device(s.device, s.dtype)
-    if s.samples < 2 or s.m < 1:
-        raise ValueError("--samples must be 2 or more, the baseline is the mean of a query's other episodes, "
-                         "and --m 1 or more.")
+    if s.samples < 2 or min(s.m, s.steps, s.queries, s.eval_every, s.val_queries) < 1:
+        raise ValueError("--samples must be 2 or more (the baseline is the mean of the others); "
+                         "--m, --steps, --queries, --eval_every and --val_queries 1 or more.")
 
     # ---- the environment: frozen LLM, pool, queries ------------------------------------------------------
     base, data = ensure_base(s.base), ensure_data(s.data)

@@ -65,7 +65,7 @@ def pick_exemplars(records: list[Record], i: int, shots: int, share: float,
     """Prompts for record i: none, or 1 to `shots`. Three in four are of its own task, as good matching
     would give; the fourth is any record, so that the model learns to look at a prompt before copying from
     it."""
-    if shots == 0 or rng.random() >= share:
+    if shots == 0 or rng.random() >= share or len(records) == 1:
         return []
     own = [r for r in records if r["task"] == records[i]["task"] and r is not records[i]]
     others = [r for r in records if r is not records[i]]
@@ -104,6 +104,8 @@ def learning_rate(step: int, steps: int, s: Settings) -> float:
 def main(s: Settings) -> None:
     out = Path(s.out_dir)
     device, dtype = llama.pick_device(s.device, s.dtype)
+    if min(s.epochs, s.batch_size, s.grad_accum, s.eval_every, s.r) < 1:
+        raise ValueError("--epochs, --batch_size, --grad_accum, --eval_every and --r must be 1 or more.")
 
     # ---- data: records -> examples with masks ------------------------------------------------------------
     base, data = ensure_base(s.base), ensure_data(s.data)
@@ -149,7 +151,8 @@ def main(s: Settings) -> None:
     if s.resume:
         state, meta = lora.load_tensors(out / "state.safetensors")
         changed = [k for k, v in json.loads(meta["settings"]).items()
-                   if v != getattr(s, k) and k not in ("resume", "max_steps", "device", "eval_every")]
+                   if v != getattr(s, k)
+                   and k not in ("resume", "max_steps", "device", "eval_every", "out_dir")]
         if changed:
             raise ValueError(f"{out}: the run to resume had other settings for {changed}; use the same, "
                              "or another --out_dir.")

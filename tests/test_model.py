@@ -325,14 +325,16 @@ def test_ragged_batch_equals_one_by_one(variant):
 
 
 def test_positions_shared_by_the_batch_would_be_noticed(small, monkeypatch):
-    """Trap 4 made on purpose: with the columns as positions, short rows are mispredicted."""
-    prompts = ragged()
-    right = generate(small, prompts, 15, eos=-1)
+    """Trap 4 made on purpose: with the columns as positions, a prompt stands off from its prefix by its padding.
+    (Padding before everything shifts a row as a whole, which rotary positions do not see.)"""
+    prompts, prefix = ragged(), prefill(small, random_ids(1, 11, seed=50)[0].tolist())
+    right = generate(small, prompts, 15, eos=-1, prefixes=[prefix] * len(prompts))
 
-    def shifted(config, positions):
-        return rope_tables(config, positions * 2 if positions.size(0) > 1 else positions)
-    monkeypatch.setattr(model, "rope_tables", shifted)
-    assert generate(small, prompts, 15, eos=-1) != right
+    def shared(config, positions):  # the longest row has no padding: its positions are the columns
+        return rope_tables(config, positions.amax(0, keepdim=True).expand_as(positions))
+    monkeypatch.setattr(model, "rope_tables", shared)
+    wrong = generate(small, prompts, 15, eos=-1, prefixes=[prefix] * len(prompts))
+    assert [len(p) for p, a, b in zip(prompts, right, wrong, strict=True) if a == b] == [70]
 
 
 @torch.no_grad()
