@@ -63,7 +63,7 @@ class Settings:
     hidden: int = opt(128, "width of the towers' hidden layer; wider ones memorise the queries")
     scale: float = opt(20.0, "softmax over cosine * scale at the start; 10 lost ground before it gained")
     # REINFORCE
-    steps: int = opt(60, "updates; each asks the LLM for up to queries x samples answers")
+    steps: int = opt(40, "updates; each asks the LLM for up to queries x samples answers")
     queries: int = opt(16, "queries in a step, all different: many queries teach more than many passes")
     samples: int = opt(8, "episodes of a query, K; the baseline of one is the mean of the others")
     lr: float = opt(3e-4, "Adam's learning rate, falling linearly to zero; 1e-3 fell below kNN")
@@ -74,7 +74,7 @@ class Settings:
     rollout_batch: int = opt(32, "answers generated together, of near-equal length")
     # bookkeeping
     val_queries: int = opt(160, "validation queries; the best of them all keeps its checkpoint")
-    eval_every: int = opt(15, "steps between validations (greedy picks)")
+    eval_every: int = opt(10, "steps between validations (greedy picks)")
     test_queries: int = opt(256, "test queries in the table; 0: all of them")
     random_seeds: int = opt(3, "seeds of the table's random row")
     fixed_tries: int = opt(16, "prompt sets tried on 32 validation queries to find the best fixed one")

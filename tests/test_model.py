@@ -325,7 +325,7 @@ def test_ragged_batch_equals_one_by_one(variant):
 
 
 def test_positions_shared_by_the_batch_would_be_noticed(small, monkeypatch):
-    """Trap 4 made on purpose: with the columns as positions, a prompt stands off from its prefix by its padding.
+    """Trap 4 made on purpose: with the columns as positions, its padding parts a prompt from its prefix.
     (Padding before everything shifts a row as a whole, which rotary positions do not see.)"""
     prompts, prefix = ragged(), prefill(small, random_ids(1, 11, seed=50)[0].tolist())
     right = generate(small, prompts, 15, eos=-1, prefixes=[prefix] * len(prompts))

