@@ -298,13 +298,12 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "
 
 
 def fingerprint(folder: str | Path) -> str:
-    """16 hex digits that name these weights: config.json, and of each file its size, header and first
-    megabyte."""
+    """16 hex digits that name these weights: a hash of config.json and of every byte of the weight files."""
     digest = hashlib.sha256((Path(folder) / "config.json").read_bytes())
-    for path in weight_files(folder):
-        digest.update(str(path.stat().st_size).encode())
+    for path in weight_files(folder):  # 0.2 s for 269 MB
         with open(path, "rb") as file:
-            digest.update(file.read(1 << 20))
+            while block := file.read(1 << 22):
+                digest.update(block)
     return digest.hexdigest()[:16]
 
 

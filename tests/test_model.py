@@ -284,7 +284,6 @@ def test_fingerprint(llama, tmp_path):
     assert model.fingerprint(folder) != before
 
 
-@pytest.mark.xfail(strict=True, reason="fingerprint reads the first megabyte alone, which is the embedding")
 def test_fingerprint_sees_all_weights(make_folder, tmp_path):
     """A base with a merged LoRA has the embedding, the sizes and the config of the base itself; with the same
     id, an adapter or a cache of rewards made for one would be taken for the other (trap 7)."""
