@@ -232,9 +232,9 @@ def read_set(file: Path) -> list[dict]:
     try:  # TRAP: str.splitlines would also split at characters like U+2028 inside a JSON string
         rows = json.loads(text) if file.suffix == ".json" else map(json.loads, text.strip().split("\n"))
         records = [{"task": ""} | {ours.get(key, key): row[key].strip() for key in row} for row in rows]
-    except ValueError as error:
-        raise ValueError(f"{file}: not JSON ({error}); delete it and run this again") from None
-    return [record for record in records if record["output"]]
+        return [record for record in records if record["output"]]
+    except (ValueError, TypeError, AttributeError, KeyError) as error:  # not JSON, or JSON of another shape
+        raise ValueError(f"{file}: not JSON records ({error}); delete it and run this again") from None
 
 
 def split(data: str, records: list[dict]) -> dict[str, list[dict]]:

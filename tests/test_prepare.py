@@ -469,6 +469,10 @@ def test_a_data_set_that_fails_leaves_no_folder(home, web, monkeypatch):
     serve_set(monkeypatch, web, "alpaca", "/alpaca_data.json", b"<html>Welcome to this hotel</html>")
     with pytest.raises(ValueError, match="alpaca_data.json: not JSON"):
         prepare.ensure_data("alpaca")
+    for other in ({"error": "moved"}, [{"instruction": "Say it."}], [1]):  # JSON, but not of records
+        (home / ".downloads/alpaca_data.json").write_text(json.dumps(other))
+        with pytest.raises(ValueError, match="alpaca_data.json: not JSON records"):
+            prepare.ensure_data("alpaca")
     (home / ".downloads/alpaca_data.json").write_text(json.dumps([record(i) for i in range(10)]))
     monkeypatch.setattr(prepare.os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
