@@ -16,10 +16,9 @@ works on a pool it never saw.
 Simplified: the embedding is the LLM's own mean-pooled hidden state, no second model; the paper's unit is
 one MLP a side too, its sizes are not published.
 
-Letters: B queries, P prompts of the pool, C embedding width, U unit-vector width (= C), m picks, L layers.
+Letters: B queries, P prompts of the pool, C embedding width, m picks.
 
-Try: python sample.py --pool data/example_pool.jsonl --prompt "Write the date in our style." --input "March
-3, 2024"
+Try: python sample.py --pool data/example_pool.jsonl --prompt "Write the order code." --input "7 red tables"
 """
 from collections.abc import Sequence
 from pathlib import Path

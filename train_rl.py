@@ -218,11 +218,10 @@ def interval(differences: Tensor, generator: torch.Generator) -> str:
     return f"{differences.mean() * 100:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
-def comparison(env: Environment, matcher: matching.Matcher, embed, test: list[Record], val: list[Record],
-               seen_tasks: set[str], s: Settings) -> dict:
-    """Every way to pick prompts on the same test queries, through the same code; prints the table, returns
-    it."""
-    queries, pool = embed(test), embed(env.pool)
+def comparison(env: Environment, matcher: matching.Matcher, queries: Tensor, pool: Tensor,
+               test: list[Record], val: list[Record], seen_tasks: set[str], s: Settings) -> dict:
+    """Every way to pick prompts on the same test queries (embedded: queries (N, C), pool (P, C)), through the
+    same code; prints the table, returns it."""
     blocked = matching.same_question(test, env.pool)
     with torch.no_grad():
         learned = matcher.episodes(queries, pool, s.m, greedy=True, blocked=blocked)[0]
@@ -300,16 +299,17 @@ def main(s: Settings) -> None:
 
     def embed(queries: list[Record]) -> Tensor:
         return matching.embed_records(model, tokenizer, queries)
-    pool_vectors, val_vectors = embed(pool), embed(records["val"])
-    val_blocked = matching.same_question(records["val"], pool)
-
-    def validate(matcher: matching.Matcher) -> float:
-        with torch.no_grad():
-            picks = matcher.episodes(val_vectors, pool_vectors, s.m, greedy=True, blocked=val_blocked)[0]
-        return sum(map(env.reward, env.scores(records["val"], picks.tolist()))) / len(picks)
+    pool_vectors = embed(pool)  # (P, C)
 
     if not s.eval_only:
         # ---- the loop ------------------------------------------------------------------------------------
+        val_vectors, val_blocked = embed(records["val"]), matching.same_question(records["val"], pool)
+
+        def validate(matcher: matching.Matcher) -> float:
+            with torch.no_grad():
+                picks = matcher.episodes(val_vectors, pool_vectors, s.m, greedy=True, blocked=val_blocked)[0]
+            return sum(map(env.reward, env.scores(records["val"], picks.tolist()))) / len(picks)
+
         matcher = matching.Matcher(pool_vectors, s.hidden, s.scale, torch.Generator().manual_seed(s.seed))
         optimizer = torch.optim.Adam(matcher.parameters(), lr=s.lr)
         draw = torch.Generator().manual_seed(s.seed + 1)  # the policy's own; nothing else advances it
@@ -353,7 +353,8 @@ def main(s: Settings) -> None:
             log.write(json.dumps({k: round(v, 5) for k, v in line.items()}) + "\n")
             log.flush()
         matcher, _, _ = matching.load(out, model_id)  # the best one, which may be step 0: kNN
-    table = comparison(env, matcher, embed, records["test"], records["val"], seen_tasks, s)
+    table = comparison(env, matcher, embed(records["test"]), pool_vectors, records["test"], records["val"],
+                       seen_tasks, s)
     lora.save_json({"settings": asdict(s), "rows": table}, out / "table.json")
     print(f"saved in {out}. next: python sample.py --prompt \"...\"")
 

@@ -136,12 +136,14 @@ def main(s: Settings) -> None:
     optimizer = torch.optim.AdamW(trained, lr=s.lr, betas=(0.9, 0.95), weight_decay=s.weight_decay)
     names = {id(p): n for n, p in model.named_parameters()}
 
+    base_id = "" if s.full else llama.fingerprint(base)  # reads the whole base: once, not at every save
+
     def save(step: int) -> None:
         """Weights for use, and weights + optimiser for --resume. All under temporary names, then renamed."""
         if s.full:
             lora.save_model(model, out, base)
         else:
-            lora.save_adapter(model, out, str(base), llama.fingerprint(base), TEMPLATE)
+            lora.save_adapter(model, out, str(base), base_id, TEMPLATE)
         state = {f"weight.{names[id(p)]}": p for p in trained}
         for p, moments in optimizer.state.items():
             state |= {f"{key}.{names[id(p)]}": value for key, value in moments.items()}
