@@ -14,21 +14,20 @@ other's.
 
 Try: python -c "import model, lora; m = model.load('data/base'); lora.quantize(m); print(lora.memory(m))"
 """
-import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from model import fingerprint, load, read_json
+from model import open_tensors, read_json
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PEFT_PREFIX = "base_model.model.model."  # without it PEFT loads nothing and only warns (trap 7)
@@ -69,11 +68,10 @@ class Int8Linear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.numel() <= 4 * x.size(-1) \
-                and not torch.is_grad_enabled():
-            # Decoding a row or a few is bound by reading weights. This kernel reads the int8 itself: 27 us
-            # for one row of 1536 x 576, where casting first takes 222; from about 16 rows on it is the
-            # slower one.
+        decoding = x.numel() <= 4 * x.size(-1) and not torch.is_grad_enabled()
+        if decoding and x.dtype == torch.bfloat16 and x.device.type == "cpu":
+            # A few rows are bound by reading weights. This kernel reads the int8 itself: 27 us for one row
+            # of 1536 x 576, where casting first takes 222; from about 16 rows on it is the slower one.
             y = torch._weight_int8pack_mm(x.reshape(-1, x.size(-1)), self.q, self.scale.to(x.dtype))
             y = y.view(*x.shape[:-1], -1)
         else:
@@ -88,18 +86,16 @@ class Int8Linear(nn.Module):
 # ---- the adapter ------------------------------------------------------------------------------------------
 
 class LoRALinear(nn.Module):
-    """y = base(x) + x A^T B^T * alpha / r around any linear; A and B stay fp32 whatever the base computes
-    in."""
+    """y = base(x) + x A^T B^T * alpha / r around any linear; A and B are fp32 whatever the base is."""
 
     def __init__(self, base: nn.Module, r: int, alpha: float, generator: torch.Generator | None = None):
         super().__init__()
         device = next(base.buffers() if isinstance(base, Int8Linear) else base.parameters()).device
         n_out, n_in = (base.q if isinstance(base, Int8Linear) else base.weight).shape
         self.base, self.scaling = base, alpha / r
-        # A: uniform with the bound of nn.Linear's default (the paper: random Gaussian). B: zero. Drawn on
-        # the CPU: the same seed gives the same A on every device.
-        bound = 1 / math.sqrt(n_in)
-        start = (torch.rand(r, n_in, generator=generator) * 2 - 1) * bound
+        # A: uniform with nn.Linear's bound, as in PEFT (the LoRA paper: Gaussian). B: zero. Drawn on the
+        # CPU: the same seed gives the same A on every device.
+        start = (torch.rand(r, n_in, generator=generator) * 2 - 1) / math.sqrt(n_in)
         self.A = nn.Parameter(start.to(device))  # (r, in)
         self.B = nn.Parameter(torch.zeros(n_out, r, device=device))  # (out, r)
         self.merged: Tensor | None = None  # (out, in) while merged
@@ -118,15 +114,13 @@ class LoRALinear(nn.Module):
 
 
 def replace_linears(model: nn.Module, names: Iterable[str], make) -> int:
-    """Puts make(linear) in the place of every linear in the blocks whose last name is in `names`; how
-    many."""
-    count = 0
-    for module in list(model.layers.modules()):
-        for name, child in list(module.named_children()):
-            if name in names and isinstance(child, (nn.Linear, Int8Linear)):
-                setattr(module, name, make(child))
-                count += 1
-    return count
+    """Puts make(linear) where the blocks have a linear whose last name is in `names`; returns how many."""
+    found = [(module, name, child) for module in model.layers.modules()
+             for name, child in module.named_children()
+             if name in names and isinstance(child, (nn.Linear, Int8Linear))]
+    for module, name, child in found:
+        setattr(module, name, make(child))
+    return len(found)
 
 
 def quantize(model: nn.Module) -> nn.Module:
@@ -138,8 +132,7 @@ def quantize(model: nn.Module) -> nn.Module:
 
 def add_lora(model: nn.Module, r: int, alpha: float, targets: Iterable[str] = ALL_LINEAR,
              generator: torch.Generator | None = None) -> list[nn.Parameter]:
-    """Freezes the model, wraps the targets, returns what is trained. ValueError if a target matches
-    nothing."""
+    """Freezes the model, wraps the targets, returns what is trained; ValueError: a target matches nothing."""
     model.requires_grad_(False)
     for target in targets:
         if not replace_linears(model, [target], lambda linear: LoRALinear(linear, r, alpha, generator)):
@@ -154,9 +147,8 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 def merge(model: nn.Module) -> None:
     """W + B A * alpha / r as one dense weight for each LoRA layer: nothing extra in a forward pass.
 
-    Explicit, never on eval(): loralib's implicit merge edits weights behind one's back (trap 6). An int8
-    base is dequantised first, since the adapter was trained against that; the base is kept, so unmerge is
-    exact.
+    Explicit, never on eval(), where it would edit weights behind one's back (trap 6). An int8 base is
+    dequantised, since the adapter was trained against that; it is kept, so unmerge is exact.
     """
     for layer in lora_layers(model).values():
         layer.merge(model.norm.weight.dtype)
@@ -180,54 +172,55 @@ def memory(model: nn.Module) -> str:
 
 # ---- files ------------------------------------------------------------------------------------------------
 
-def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict | None = None) -> None:
-    """safetensors under a temporary name, then renamed: a killed run leaves the old file or the new, no
-    half."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name to write to, renamed to `path` at the end: a killed run leaves the old file or the new
+    one, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, temporary,
-                  metadata={k: str(v) for k, v in (metadata or {}).items()})
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)  # a full disk: what was half written goes
 
 
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict | None = None) -> None:
+    with replacing(path) as temporary:
+        save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, temporary,
+                  metadata={k: str(v) for k, v in (metadata or {}).items()})
+
+
 def save_json(content: dict, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata) of a safetensors file; FileNotFoundError or ValueError in one sentence."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing.")
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: broken safetensors file ({error}).") from None
+    with open_tensors(path) as file:
+        return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}
 
 
 def save_model(model: nn.Module, folder: str | Path, base: str | Path) -> None:
-    """All weights (merged where merged) as a Hugging Face folder: --base takes it, and transformers too."""
-    folder, base = Path(folder), Path(base)
-    merged = {f"{name}.weight": layer.merged for name, layer in lora_layers(model).items()}
-    # a base's bias stays; what is still int8 (not a target of LoRA) is written dense
-    dense = {f"{name.removesuffix('.base')}.weight": layer.dense().to(model.norm.weight.dtype)
-             for name, layer in model.named_modules() if isinstance(layer, Int8Linear)}
-    tensors = dense | {name.replace(".base.", "."): t for name, t in model.state_dict().items()
-                       if not name.endswith((".A", ".B", ".q", ".scale"))}
-    save_tensors({n if n.startswith("lm_head") else f"model.{n}": t for n, t in (tensors | merged).items()},
+    """All weights (LoRA merged) as a Hugging Face folder, which --base takes, and transformers too."""
+    folder, tensors = Path(folder), {}
+    for name, tensor in model.state_dict().items():
+        if not name.endswith((".A", ".B", ".q", ".scale")):  # a base's bias stays, under its own name
+            tensors[name.replace(".base.", ".")] = tensor
+    for name, layer in model.named_modules():  # a LoRA layer comes before the base that it holds
+        key = f"{name.removesuffix('.base')}.weight"
+        if isinstance(layer, LoRALinear):
+            if layer.merged is None:
+                raise ValueError("merge the LoRA layers before the whole model is saved.")
+            tensors[key] = layer.merged
+        elif isinstance(layer, Int8Linear) and key not in tensors:  # no target of LoRA: written dense
+            tensors[key] = layer.dense().to(model.norm.weight.dtype)
+    save_tensors({n if n.startswith("lm_head") else f"model.{n}": t for n, t in tensors.items()},
                  folder / "model.safetensors", {"format": "pt"})
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json"):
-        if (base / name).exists():
-            shutil.copyfile(base / name, folder / name)
+    for file in Path(base).glob("*.json"):  # config and tokenizer
+        if file.name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json"):
+            shutil.copyfile(file, folder / file.name)
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -251,8 +244,7 @@ def save_adapter(model: nn.Module, folder: str | Path, base: str, base_id: str, 
 
 
 def load_adapter(model: nn.Module, folder: str | Path, base_id: str, template: str) -> None:
-    """Adds the adapter in `folder` (ours or PEFT's) to the model. Every key must match, or ValueError names
-    it."""
+    """Adds the adapter in `folder` (ours or PEFT's) to the model, frozen; ValueError names what differs."""
     folder = Path(folder)
     config_file = folder / "adapter_config.json"
     if not config_file.exists():
@@ -276,34 +268,12 @@ def load_adapter(model: nn.Module, folder: str | Path, base_id: str, template: s
     trained, _ = load_tensors(folder / "adapter_model.safetensors")
     add_lora(model, config["r"], config["lora_alpha"], targets)
     wanted = adapter_tensors(model)
-    if wrong := sorted(set(wanted) ^ set(trained)):
-        raise ValueError(f"{folder}: adapter and model differ in {len(wrong)} tensors, e.g. '{wrong[0]}'; "
-                         "it was trained on another model.")
-    for name, parameter in wanted.items():
-        if parameter.shape != trained[name].shape:
-            raise ValueError(f"{folder}: tensor '{name}' is {list(trained[name].shape)}, this model needs "
-                             f"{list(parameter.shape)}.")
-        parameter.data.copy_(trained[name])
+    for name in sorted(wanted | trained):  # every tensor of either side, or PEFT's silence repeats (trap 7)
+        ours, theirs = (list(side[name].shape) if name in side else "absent" for side in (wanted, trained))
+        if ours != theirs:
+            raise ValueError(f"{folder}: tensor '{name}' is {theirs}, in this model it is {ours}; the "
+                             "adapter was trained on another model.")
+        wanted[name].data.copy_(trained[name])
     if not any(trained[name].any() for name in trained if ".lora_B." in name):
         raise ValueError(f"{folder}: every B is zero, the adapter does nothing; it was never trained.")
     model.requires_grad_(False)
-
-
-def load_tuned(base: str | Path, adapter: str, template: str, dtype: torch.dtype,
-               device: str) -> tuple[nn.Module, str]:
-    """(base + adapter merged and frozen, an id of these weights) for answering; adapter "none": the bare
-    base.
-
-    The base is made int8 first if the adapter was trained on int8: it corrects that base's rounding, no
-    other's.
-    """
-    model, identity = load(base, dtype, device), fingerprint(base)
-    if adapter != "none":
-        ours = Path(adapter) / "nanopillow.json"
-        if ours.exists() and read_json(ours)["int8"]:
-            quantize(model)
-        load_adapter(model, adapter, identity, template)
-        merge(model)
-        weights = (Path(adapter) / "adapter_model.safetensors").read_bytes()
-        identity += hashlib.sha256(weights).hexdigest()[:16]
-    return model, identity

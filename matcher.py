@@ -20,6 +20,7 @@ Letters: B queries, P prompts of the pool, C embedding width, m picks.
 
 Try: python sample.py --pool data/example_pool.jsonl --prompt "Write the order code." --input "7 red tables"
 """
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,8 +30,29 @@ from torch import Tensor, nn
 
 from data.instructions import Record, check_record, length_sorted_batches
 from data.tokenizer import Tokenizer
-from lora import load_tensors, save_json, save_tensors
-from model import Transformer, read_json
+from lora import load_adapter, load_tensors, merge, quantize, save_json, save_tensors
+from model import Transformer, fingerprint, read_json
+from model import load as load_base
+
+# ---- the LLM, which embeds and answers --------------------------------------------------------------------
+
+def load_tuned(base: str | Path, adapter: str, template: str, dtype: torch.dtype,
+               device: str) -> tuple[Transformer, str]:
+    """(base + adapter merged and frozen, an id of these weights); adapter "none" is the bare base.
+
+    The base is made int8 first if the adapter was trained so: it corrects that rounding and no other.
+    """
+    model, identity = load_base(base, dtype, device), fingerprint(base)
+    if adapter != "none":
+        ours = Path(adapter) / "nanopillow.json"
+        if ours.exists() and read_json(ours)["int8"]:
+            quantize(model)
+        load_adapter(model, adapter, identity, template)
+        merge(model)
+        files = [Path(adapter, f"adapter_{name}") for name in ("config.json", "model.safetensors")]
+        identity += hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    return model, identity
+
 
 # ---- embeddings ------------------------------------------------------------------------------------------
 

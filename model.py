@@ -14,8 +14,9 @@ Try: python -c "import model; print(model.load('data/base').config)"
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -30,15 +31,24 @@ FAMILIES = {"llama": (False, False), "mistral": (False, False), "qwen2": (True, 
 
 def read_json(file: Path) -> dict:
     """A JSON object; FileNotFoundError or ValueError in one sentence."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing; is {file.parent} the right folder?")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file} is missing; is {file.parent} the right folder?") from None
-    except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON ({error}).") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: a JSON object is expected, this is a {type(content).__name__}.")
-    return content
+        return dict(**json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: not a JSON object ({error}); make or fetch it again.") from None
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator:
+    """safe_open's handle for a safetensors file; FileNotFoundError or ValueError in one sentence."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; is {path.parent} the right folder?")
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path}: broken safetensors file ({error}); make or fetch it again.") from None
 
 
 @dataclass
@@ -80,19 +90,17 @@ class Config:
             if refused:
                 raise ValueError(f"{file}: {what} is not supported; use another model.")
         qkv_bias, qk_norm = FAMILIES[family]
-        try:
-            heads = raw["num_attention_heads"]
-            return cls(
-                **{name: raw[name] for name in ("vocab_size", "hidden_size", "intermediate_size",
-                                                "num_hidden_layers", "num_attention_heads", "rms_norm_eps",
-                                                "max_position_embeddings")},
-                num_key_value_heads=raw.get("num_key_value_heads") or heads,
-                head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-                rope_theta=rope.get("rope_theta") or raw.get("rope_theta", 10000.0),
-                rope_scaling=rope if kind == "llama3" else None,
-                tie_word_embeddings=raw.get("tie_word_embeddings", False), qkv_bias=qkv_bias, qk_norm=qk_norm)
-        except KeyError as error:
-            raise ValueError(f"{file}: field {error} is missing.") from None
+        heads = raw.get("num_attention_heads", 1)
+        raw |= {"num_key_value_heads": raw.get("num_key_value_heads") or heads,  # absent or null: one a head
+                "head_dim": raw.get("head_dim") or raw.get("hidden_size", 0) // heads,
+                "rope_theta": rope.get("rope_theta") or raw.get("rope_theta", 10000.0),
+                "rope_scaling": rope if kind == "llama3" else None,
+                "tie_word_embeddings": raw.get("tie_word_embeddings", False),
+                "qkv_bias": qkv_bias, "qk_norm": qk_norm}
+        for field in fields(cls):
+            if field.name not in raw:
+                raise ValueError(f"{file}: field '{field.name}' is missing.")
+        return cls(**{field.name: raw[field.name] for field in fields(cls)})
 
 
 # ---- the network -----------------------------------------------------------------------------------------
@@ -109,8 +117,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(config: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of each position's angles, float32, (B, 1, T, D): dimension i turns by theta^(-2i/D) a
-    step."""
+    """cos and sin (B, 1, T, D), float32: with each position, dimension i turns by theta^(-2i/D)."""
     dims = torch.arange(0, config.head_dim, 2, device=positions.device).float()
     freqs = 1 / config.rope_theta ** (dims / config.head_dim)  # (D/2); rounded as in transformers
     if config.rope_scaling:  # Llama 3.1: slow dimensions stretch by `factor`, fast ones stay
@@ -125,8 +132,8 @@ def rope_tables(config: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position: dimension i turns with i + D/2, the layout of Hugging Face weights (trap 1: Meta's own
-    files pair 2i with 2i+1; with the wrong one the first token still looks right)."""
+    """Rotary position: dimension i turns with i + D/2, as Hugging Face lays weights out. Trap 1: Meta's files
+    pair 2i with 2i + 1, and with the wrong pairs the first token still looks right."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
@@ -189,19 +196,18 @@ class Block(nn.Module):
 
 
 class Cache:
-    """Keys and values of the columns seen so far, with which of them are real: rows may be padded
-    anywhere."""
+    """Keys and values of the columns so far, and which columns are real: rows may be padded anywhere."""
 
-    def __init__(self, config: Config, rows: int, columns: int, like: Tensor):
-        shape = (2, rows, config.num_key_value_heads, columns, config.head_dim)
+    def __init__(self, c: Config, rows: int, columns: int, like: Tensor):
         # Zeros, not empty: a masked column has weight 0, and 0 * NaN would be NaN.
-        self.kv = [like.new_zeros(shape) for _ in range(config.num_hidden_layers)]  # L x (2, B, G, S, D)
+        self.kv = like.new_zeros(c.num_hidden_layers, 2, rows, c.num_key_value_heads, columns,
+                                 c.head_dim)  # (L, 2, B, G, S, D)
         self.real = torch.zeros(rows, columns, dtype=torch.bool, device=like.device)  # (B, S)
         self.end = 0  # columns filled
 
-    def keep(self, rows: Tensor) -> None:
+    def keep(self, rows: list[int]) -> None:
         """Keeps these rows alone: the finished ones cost no more."""
-        self.kv, self.real = [layer[:, rows] for layer in self.kv], self.real[rows]
+        self.kv, self.real = self.kv[:, :, rows], self.real[rows]
 
 
 class Transformer(nn.Module):
@@ -235,7 +241,7 @@ class Transformer(nn.Module):
             # Each column sees the real ones up to itself; a padded one sees itself too, or softmax gives NaN.
             mask = (seen[:, None] & (columns <= new) | (columns == new))[:, None]  # (B, 1, T, S)
             mask = mask.repeat(1, 1, self.config.num_attention_heads // self.config.num_key_value_heads, 1)
-            cached = [layer[:, :, :, :cache.end] for layer in cache.kv]
+            cached = cache.kv[..., :cache.end, :]  # (L, 2, B, G, S, D)
         cos, sin = (table.to(self.norm.weight.dtype) for table in rope_tables(self.config, positions))
         x = self.embed_tokens(ids)  # (B, T, C)
         for layer, kv in zip(self.layers, cached, strict=True):
@@ -257,7 +263,7 @@ def weight_files(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
     names = set(read_json(index).get("weight_map", {}).values()) if index.exists() else {"model.safetensors"}
-    for name in names:
+    for name in names or {""}:  # plain names alone: an index could lead anywhere on this disk
         if Path(name).name != name or not (folder / name).is_file():
             raise FileNotFoundError(f"{folder}: no weight file '{name}' (pickled .bin files are not read); "
                                     "fetch the model again.")
@@ -275,22 +281,19 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "
         model = Transformer(config)
     wanted, state = model.state_dict(), {}
     for path in weight_files(folder):
-        try:
-            with safe_open(path, "pt") as file:
-                for name in file.keys():
-                    key = name.removeprefix("model.")
-                    if key == "lm_head.weight" and config.tie_word_embeddings or key.endswith("inv_freq"):
-                        continue  # some files carry a tied head's second copy, old ones the rope table
-                    if key not in wanted or key in state:
-                        raise ValueError(f"{path}: unexpected tensor '{name}', not in config.json's model.")
-                    tensor = file.get_tensor(name)
-                    if tensor.shape != wanted[key].shape or not tensor.is_floating_point():
-                        raise ValueError(f"{path}: tensor '{name}' is {tensor.dtype} {list(tensor.shape)}, "
-                                         f"but config.json makes it floats {list(wanted[key].shape)}.")
-                    # copy: keep no memory map of the file, which may be replaced under our feet
-                    state[key] = tensor.to(device=device, dtype=dtype, copy=True)
-        except SafetensorError as error:
-            raise ValueError(f"{path}: broken safetensors file ({error}); fetch it again.") from None
+        with open_tensors(path) as file:
+            for name in file.keys():
+                key = name.removeprefix("model.")
+                if key == "lm_head.weight" and config.tie_word_embeddings or key.endswith("inv_freq"):
+                    continue  # some files carry a tied head's second copy, old ones the rope table
+                if key not in wanted or key in state:
+                    raise ValueError(f"{path}: unexpected tensor '{name}', not in config.json's model.")
+                tensor = file.get_tensor(name)
+                if tensor.shape != wanted[key].shape or not tensor.is_floating_point():
+                    raise ValueError(f"{path}: tensor '{name}' is {tensor.dtype} {list(tensor.shape)}, "
+                                     f"but config.json makes it floats {list(wanted[key].shape)}.")
+                # copy: keep no memory map of the file, which may be replaced under our feet
+                state[key] = tensor.to(device=device, dtype=dtype, copy=True)
     if missing := sorted(set(wanted) - set(state)):
         raise ValueError(f"{folder}: {len(missing)} tensors are missing, e.g. '{missing[0]}'.")
     model.load_state_dict(state, assign=True)
@@ -310,19 +313,17 @@ def fingerprint(folder: str | Path) -> str:
 def pick_device(device: str, dtype: str) -> tuple[str, torch.dtype]:
     """What --device and --dtype mean here. "auto" is cuda where there is one, and bfloat16 where the machine
     multiplies it natively: emulated bf16 is several times slower than float32 (trap 10)."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device) or dtype not in ("auto", "bfloat16", "float32"):
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device) or dtype not in ("auto", "bfloat16", "float32"):
         raise ValueError(f"--device {device} --dtype {dtype}: choose auto, cpu, cuda or mps, and auto, "
                          "bfloat16 or float32.")
-    if dtype != "auto":
-        return device, getattr(torch, dtype)
-    if device.startswith("cuda"):
-        fast = torch.cuda.is_bf16_supported()
-    else:
-        cpu = torch.cpu.get_capabilities()
-        fast = device == "cpu" and (cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
-    return device, torch.bfloat16 if fast else torch.float32
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        cpu = torch.cpu.get_capabilities() if device == "cpu" else {}
+        fast = torch.cuda.is_bf16_supported() if "cuda" in device else (
+            cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+        dtype = "bfloat16" if fast else "float32"
+    return device, getattr(torch, dtype)
 
 
 # ---- generation ------------------------------------------------------------------------------------------
@@ -338,7 +339,7 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float,
     probs = logits.softmax(-1)
     if top_p < 1:  # the fewest tokens whose probabilities reach top_p; the most likely one always stays
         ordered, index = probs.sort(descending=True)
-        ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
+        ordered[:, 1:][(ordered.cumsum(-1) - ordered >= top_p)[:, 1:]] = 0
         probs = torch.zeros_like(probs).scatter(-1, index, ordered)
     return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
 
@@ -356,42 +357,37 @@ def generate(model: Transformer, prompts: Sequence[list[int]], max_new_tokens: i
     length mix freely: each is padded on the left, and the result equals the row's alone.
     """
     prefixes = prefixes or [None] * len(prompts)
-    rows, device = len(prompts), model.embed_tokens.weight.device
-    before = max(0 if p is None else p.size(3) for p in prefixes)
+    device = model.embed_tokens.weight.device
+    before = max(0 if p is None else p.size(3) for p in prefixes)  # columns of the longest prefix
     width = max(map(len, prompts))
-    cache = Cache(model.config, rows, before + width + max_new_tokens, model.embed_tokens.weight)
-    for row, prefix in enumerate(prefixes):
+    cache = Cache(model.config, len(prompts), before + width + max_new_tokens, model.embed_tokens.weight)
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)  # (B, T)
+    real = torch.zeros(len(prompts), width, dtype=torch.bool)  # (B, T)
+    for row, (prompt, prefix) in enumerate(zip(prompts, prefixes, strict=True)):
+        ids[row, width - len(prompt):], real[row, width - len(prompt):] = torch.tensor(prompt), True
         if prefix is not None:
-            for layer, kv in zip(cache.kv, prefix, strict=True):
-                layer[:, row, :, before - prefix.size(3):before] = kv
+            cache.kv[:, :, row, :, before - prefix.size(3):before] = prefix
             cache.real[row, before - prefix.size(3):before] = True
     cache.end = before
-    ids = torch.zeros(rows, width, dtype=torch.long)  # (B, T)
-    real = torch.zeros(rows, width, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt):], real[row, width - len(prompt):] = torch.tensor(prompt), True
-    hidden = model(ids.to(device), cache, real.to(device))
+    hidden = model(ids.to(device), cache, real.to(device))  # (B, T, C)
+
     answers: list[list[int]] = [[] for _ in prompts]
-    alive = list(range(rows))  # row of `prompts` that each row of the cache is; finished ones are None
+    rows, done = list(range(len(prompts))), [False] * len(prompts)  # rows[i]: the prompt of cache row i
     for step in range(max_new_tokens):
         next_ids = sample(model.head(hidden[:, -1]), temperature, top_k, top_p, generator)  # (B)
-        for i, token in enumerate(next_ids.tolist()):
-            if alive[i] is None:
-                continue
-            answer = answers[alive[i]]
-            answer.append(token)
-            if on_token:
-                on_token(alive[i], token)
-            if token == eos or (stop and answer[-len(stop):] == list(stop)):
-                alive[i] = None
-        left = [i for i, row in enumerate(alive) if row is not None]
+        for row, token in zip(rows, next_ids.tolist(), strict=True):
+            if not done[row]:
+                answers[row].append(token)
+                done[row] = token == eos or bool(stop) and answers[row][-len(stop):] == list(stop)
+                if on_token:
+                    on_token(row, token)
+        left = [i for i, row in enumerate(rows) if not done[row]]
         if not left or step == max_new_tokens - 1:
             break
-        if 2 * len(left) <= len(alive):  # copying the cache pays once half the rows are done
-            keep = torch.tensor(left, device=device)
-            cache.keep(keep)
-            alive, next_ids = [alive[i] for i in left], next_ids[keep]
-        hidden = model(next_ids[:, None], cache)
+        if 2 * len(left) <= len(rows):  # copying the cache pays once half the rows are done
+            cache.keep(left)
+            rows, next_ids = [rows[i] for i in left], next_ids[left]
+        hidden = model(next_ids[:, None], cache)  # (B, 1, C)
     return answers
 
 
@@ -400,4 +396,4 @@ def prefill(model: Transformer, ids: list[int]) -> Tensor:
     """Keys and values (L, 2, G, P, D) of a text that will stand before many others."""
     cache = Cache(model.config, 1, len(ids), model.embed_tokens.weight)
     model(torch.tensor([ids], device=model.embed_tokens.weight.device), cache)
-    return torch.stack([layer[:, 0] for layer in cache.kv])
+    return cache.kv[:, :, 0]

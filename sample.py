@@ -1,5 +1,8 @@
-"""All of PILLOW on one prompt: match prompts of the pool, show them with their probabilities, stream the
-answer.
+"""All of PILLOW on one prompt (paper, figure 2): match prompts of the pool, show them, stream the answer.
+
+    your instruction --> matcher --> m prompts of the pool --+
+            |                                                v
+            +-----------------------------------> [prompts, instruction] --> base + LoRA --> answer
 
 Works at every stage: with nothing trained the base model answers alone; with out/sft the tuned model does;
 with out/rl the matcher picks from the pool it was trained on, or from any file given with --pool, since it
@@ -13,7 +16,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import lora
 import matcher as matching
 import model as llama
 from data.instructions import NEXT_BLOCK, TEMPLATE, Record, answering_prompt, clean_answer, read_records
@@ -46,6 +48,7 @@ def match(matcher: matching.Matcher, query: Tensor, pool: Tensor, m: int) -> lis
     """The policy's greedy picks for one query (1, C), each with its probability at its step."""
     picks = matcher.episodes(query, pool, m, greedy=True)[0]  # (1, m)
     # log pi of the first 1, 2, .. m picks: what each adds is the log-probability of its step
+    # (m is 1 to 4, and an episode costs far less than a token: clearer than returning each step's)
     sums = [matcher.episodes(query, pool, t, picks=picks[:, :t])[1] for t in range(1, m + 1)]
     steps = torch.cat(sums).diff(prepend=torch.zeros(1)).exp()
     return list(zip(picks[0].tolist(), steps.tolist(), strict=True))
@@ -59,7 +62,7 @@ class Stream:
 
     def __call__(self, _row: int, token: int) -> None:
         self.ids.append(token)
-        text = clean_answer(self.tokenizer, self.ids)
+        text = clean_answer(self.tokenizer, self.ids)  # the whole answer anew: a character may span tokens
         held = next((k for k in range(len(NEXT_BLOCK), 0, -1) if text.endswith(NEXT_BLOCK[:k])), 0)
         # nor half a character, nor white space that the answer may end before
         text = text[:len(text) - held].rstrip("\ufffd").rstrip()
@@ -83,8 +86,9 @@ def main(s: Settings) -> None:
     if s.adapter != "none" and not Path(s.adapter, "adapter_config.json").exists():
         print(f"(no adapter in {s.adapter}: the base model answers alone; to tune it, python train_sft.py)")
         s.adapter = "none"
-    model, model_id = lora.load_tuned(base, s.adapter, TEMPLATE, dtype, device)
+    model, model_id = matching.load_tuned(base, s.adapter, TEMPLATE, dtype, device)
     tokenizer = Tokenizer(base)
+    # A pool of your own comes before the one that the matcher was trained on (trap 11: stored with it).
     pool = read_records(s.pool) if s.pool else []
     matcher, trained_m = None, 1
     if not s.no_match and Path(s.matcher, "matcher.json").exists():
@@ -93,9 +97,10 @@ def main(s: Settings) -> None:
     elif not s.no_match:
         print(f"(no matcher in {s.matcher}: " + ("the nearest prompts of the pool are taken" if pool else
               "no prompts are matched") + "; to train one, python train_rl.py)")
+    # Embedded, not looked up: that is why any pool will do. Without a trained matcher: nearest neighbours.
     vectors = matching.embed_records(model, tokenizer, pool) if pool and not s.no_match else None  # (P, C)
     if vectors is not None and matcher is None:
-        matcher = matching.Matcher(vectors, hidden=1)  # untrained: nearest neighbours
+        matcher = matching.Matcher(vectors, hidden=1)
     m = min(s.m or trained_m, len(pool))
     generator = torch.Generator(device).manual_seed(s.seed)
 
@@ -107,10 +112,13 @@ def main(s: Settings) -> None:
                 p = pool[j]
                 print(f"matched ({probability:.0%}): {p['instruction']} | {p['input']} -> {p['output']}")
                 exemplars.append(p)
+        # The best match was picked first and stands first, farthest from the query. In a full context the
+        # farthest goes first: what is nearest to the query weighs most.
         ids, kept = answering_prompt(tokenizer, query, exemplars,
                                      model.config.max_position_embeddings - s.max_new_tokens)
         if kept < len(exemplars):
             print(f"(the first {len(exemplars) - kept} matched prompts are left out: the context is full)")
+        # One generator for all answers: they differ among themselves, and --seed repeats the whole run.
         for _ in range(s.num_samples):
             stream = Stream(tokenizer)
             llama.generate(model, [ids], s.max_new_tokens, tokenizer.eos, tokenizer.encode(NEXT_BLOCK), None,

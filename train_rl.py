@@ -86,8 +86,7 @@ class Settings:
 # ---- the reward -------------------------------------------------------------------------------------------
 
 def rouge_l(answer: str, reference: str) -> float:
-    """F1 of the longest common subsequence of words (lower case, a-z and 0-9): equal to rouge-score's
-    rougeL."""
+    """F1 of the longest common subsequence of words (a-z, 0-9, lower case); equals rouge-score's rougeL."""
     a, b = (re.findall(r"[a-z0-9]+", text.lower()) for text in (answer, reference))
     if not a or not b:
         return 0.0
@@ -101,8 +100,7 @@ def rouge_l(answer: str, reference: str) -> float:
 
 
 class Environment:
-    """The frozen LLM as REINFORCE sees it: (query, picks) -> the answer and its scores, each computed
-    once."""
+    """The frozen LLM as REINFORCE sees it: (query, picks) -> answer and scores, each computed once."""
 
     def __init__(self, model: llama.Transformer, tokenizer: Tokenizer, pool: list[Record], s: Settings,
                  identity: str, cache_file: Path):
@@ -186,7 +184,11 @@ class Environment:
                 for a, r in zip(answers, references, strict=True)]
 
     def reward(self, entry: dict) -> float:
+        """R(q, a), 0 to 1: the paper's mix of a textual and a semantic similarity to the reference."""
         return self.s.textual * entry["rouge"] + (1 - self.s.textual) * entry["semantic"]
+
+    def mean_reward(self, queries: Sequence[Record], picks: Sequence[Sequence[int]]) -> float:
+        return sum(map(self.reward, self.scores(queries, picks))) / len(queries)
 
 
 def leave_one_out(rewards: Tensor) -> Tensor:
@@ -201,9 +203,7 @@ def best_fixed(env: Environment, queries: list[Record], s: Settings) -> list[int
     """Of `fixed_tries` random prompt sets the one with the highest mean reward when every query gets it."""
     tries = matching.random_picks(s.fixed_tries, len(env.pool), s.m, torch.Generator().manual_seed(s.seed))
     blocked = matching.same_question(queries, env.pool)
-    def mean(picks: list[int]) -> float:
-        return sum(map(env.reward, env.scores(queries, same_for_all(picks, blocked)))) / len(queries)
-    return max(tries.tolist(), key=mean)
+    return max(tries.tolist(), key=lambda picks: env.mean_reward(queries, same_for_all(picks, blocked)))
 
 
 def same_for_all(picks: list[int], blocked: Tensor) -> list[list[int]]:
@@ -281,7 +281,7 @@ def main(s: Settings) -> None:
     # ---- the environment: frozen LLM, pool, queries ------------------------------------------------------
     base, data = ensure_base(s.base), ensure_data(s.data)
     tokenizer = Tokenizer(base)
-    model, model_id = lora.load_tuned(base, s.adapter, TEMPLATE, dtype, device)
+    model, model_id = matching.load_tuned(base, s.adapter, TEMPLATE, dtype, device)
     records = {split: read_records(data / f"{split}.jsonl") for split in ("rl", "val", "test")}
     if s.eval_only:  # the pool it was trained on (trap 11), unless --pool names another
         matcher, stored_pool, s.m = matching.load(out, model_id)
@@ -297,7 +297,7 @@ def main(s: Settings) -> None:
     print(f"LLM {base} + {s.adapter} in {dtype} on {device}; pool of {len(pool)} prompts, m = {s.m}; "
           f"{len(records['rl'])} queries to learn on; {len(env.known)} rewards known from earlier runs")
 
-    def embed(queries: list[Record]) -> Tensor:
+    def embed(queries: list[Record]) -> Tensor:  # (N, C)
         return matching.embed_records(model, tokenizer, queries)
     pool_vectors = embed(pool)  # (P, C)
 
@@ -308,7 +308,7 @@ def main(s: Settings) -> None:
         def validate(matcher: matching.Matcher) -> float:
             with torch.no_grad():
                 picks = matcher.episodes(val_vectors, pool_vectors, s.m, greedy=True, blocked=val_blocked)[0]
-            return sum(map(env.reward, env.scores(records["val"], picks.tolist()))) / len(picks)
+            return env.mean_reward(records["val"], picks.tolist())
 
         matcher = matching.Matcher(pool_vectors, s.hidden, s.scale, torch.Generator().manual_seed(s.seed))
         optimizer = torch.optim.Adam(matcher.parameters(), lr=s.lr)
@@ -320,14 +320,16 @@ def main(s: Settings) -> None:
         for step in range(1, s.steps + 1):
             rows = [(step - 1) * s.queries + i for i in range(s.queries)]
             queries = [records["rl"][row % len(records["rl"])] for row in rows]
-            left = 1 - (step - 1) / s.steps
-            # B queries, K episodes of each
+            left = 1 - (step - 1) / s.steps  # both the learning rate and the bonus fall to zero with it
+            # act: K episodes of each of the B queries, drawn from the policy as it is now
             vectors = embed(queries).repeat_interleave(s.samples, 0)  # (B K, C)
             blocked = matching.same_question(queries, pool).repeat_interleave(s.samples, 0)  # (B K, P)
             picks, log_prob, entropy = matcher.episodes(vectors, pool_vectors, s.m, blocked=blocked,
                                                         generator=draw)
+            # ask the LLM: no gradient goes through it, the reward is a number
             entries = env.scores([q for q in queries for _ in range(s.samples)], picks.tolist())
             rewards = torch.tensor([env.reward(e) for e in entries]).view(-1, s.samples)  # (B, K)
+            # learn: grad J is the mean of advantage * grad log pi, and optimisers descend, hence the minus
             advantage = leave_one_out(rewards).view(-1)  # (B K)
             loss = -(advantage * log_prob).mean() - s.entropy * left * entropy.mean()
             for group in optimizer.param_groups:
@@ -336,6 +338,7 @@ def main(s: Settings) -> None:
             loss.backward()
             optimizer.step()
 
+            # collapse shows here first: entropy to 0, one set of picks with most of the episodes
             counts = Counter(map(tuple, picks.tolist()))
             line = {"step": step, "reward": rewards.mean().item(), "advantage_std": advantage.std().item(),
                     "entropy": entropy.mean().item(), "top_share": counts.most_common(1)[0][1] / len(picks),

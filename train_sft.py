@@ -1,11 +1,15 @@
 """Supervised fine-tuning: the first half of PILLOW (paper, section 3.1). LoRA on a frozen int8 base.
 
-The loop is nanoGPT's: draw batches, sum the loss of the answers' tokens, step, log. What PILLOW adds: a
-part of the samples is read with prompts in front (--shots), since that is how the model will be used. A
-LoRA that never saw prompts loses by them what matching could gain.
+The loss is the mean negative log-likelihood of the answers' tokens, given all that stands before them:
+
+    loss = - sum over answers, sum over t of log p(token_t | prompts, question, tokens before t) / tokens
+
+The loop is nanoGPT's: draw a step's records, sum the loss, step, log. What PILLOW adds: a part of the
+samples is read with prompts in front (--shots), since that is how the model will be used. A LoRA that never
+saw prompts loses by them what matching could gain.
 
 Simplified: AdamW, cosine with warm-up, one process. Writes out/sft: the adapter in PEFT's format,
-log.jsonl, and the state that --resume continues from.
+log.jsonl (a line a step: loss, val_loss, lr, grad_norm, tokens, seconds), and the state for --resume.
 
     python train_sft.py
     python train_sft.py --full --out_dir out/full --lr 5e-5     # all weights, what LoRA is compared with
@@ -13,6 +17,7 @@ log.jsonl, and the state that --resume continues from.
 import json
 import math
 import random
+import signal
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,8 +50,8 @@ class Settings:
     shots_share: float = opt(0.5, "share of the samples that get prompts; the rest keeps zero-shot use alive")
     # optimisation
     epochs: int = opt(2, "passes over the records; a third one overfits 1,000 records")
-    batch_size: int = opt(16, "records in a micro-batch, of near-equal length")
-    grad_accum: int = opt(1, "micro-batches in a step")
+    batch_size: int = opt(16, "records in a step, of near-equal length")
+    micro_tokens: int = opt(1024, "tokens of a micro-batch: fewer take less memory and more time")
     lr: float = opt(1e-3, "peak learning rate; LoRA takes ten times that of full fine-tuning")
     warmup: float = opt(0.05, "share of the steps with a rising learning rate; then a cosine to a tenth")
     weight_decay: float = opt(0.0, "AdamW's decay; LoRA's low rank is regulariser enough")
@@ -72,29 +77,40 @@ def pick_exemplars(records: list[Record], i: int, shots: int, share: float,
     return [rng.choice(own if own and rng.random() < 0.75 else others) for _ in range(rng.randint(1, shots))]
 
 
-def epoch_batches(records: list[Record], tokenizer: Tokenizer, s: Settings, epoch: int) -> list[list]:
-    """One epoch's optimiser steps, each a list of micro-batches (ids, targets).
+def epoch_steps(records: list[Record], tokenizer: Tokenizer, s: Settings, epoch: int) -> list[list]:
+    """One epoch's optimiser steps, each a list of up to batch_size examples (ids, n) of near-equal length.
 
     A function of (seed, epoch) alone: a resumed run skips to its step and sees what it would have seen.
     """
     rng = random.Random(f"{s.seed}:{epoch}")
     examples = [training_example(tokenizer, record, pick_exemplars(records, i, s.shots, s.shots_share, rng),
                                  s.max_length) for i, record in enumerate(records)]
-    examples = [e for e in examples if e is not None]
     order = length_sorted_batches([len(ids) for ids, _ in examples], s.batch_size,
                                   torch.Generator().manual_seed(rng.getrandbits(63)))
-    micro = [[examples[i] for i in batch] for batch in order]
-    return [micro[i:i + s.grad_accum] for i in range(0, len(micro), s.grad_accum)]
+    return [[examples[i] for i in step] for step in order]
+
+
+def micro_batches(examples: list, tokens: int) -> list[tuple[Tensor, Tensor]]:
+    """Examples of one step -> (ids, targets) pieces of at most `tokens` tokens, or of one example.
+
+    What autograd keeps until backward grows with the tokens of a piece, so this bounds the memory of a run.
+    """
+    rows = max(1, tokens // max(len(ids) for ids, _ in examples))
+    rows = math.ceil(len(examples) / math.ceil(len(examples) / rows))  # 16 in pieces of 14: 8 + 8, not 14 + 2
+    return [collate(examples[i:i + rows]) for i in range(0, len(examples), rows)]
 
 
 def answer_loss(model: llama.Transformer, ids: Tensor, targets: Tensor) -> Tensor:
-    """Summed cross-entropy of the answers' tokens. The head, a quarter of the work, sees those positions
-    alone."""
-    hidden = model(ids)[targets >= 0]  # (N, C): N answer tokens of the whole batch
+    """Summed cross-entropy (nats) of the answers' tokens; ids, targets (B, T), targets -1 where no loss.
+
+    The head, a quarter of a token's work, sees the N answer positions alone, and not the prompts.
+    """
+    hidden = model(ids)[targets >= 0]  # (N, C)
     return F.cross_entropy(model.head(hidden).float(), targets[targets >= 0], reduction="sum")
 
 
 def learning_rate(step: int, steps: int, s: Settings) -> float:
+    """Linear warm-up, then a cosine from lr down to lr / 10."""
     warmup = max(1, int(s.warmup * steps))
     if step < warmup:
         return s.lr * (step + 1) / warmup
@@ -104,127 +120,141 @@ def learning_rate(step: int, steps: int, s: Settings) -> float:
 def main(s: Settings) -> None:
     out = Path(s.out_dir)
     device, dtype = llama.pick_device(s.device, s.dtype)
-    if min(s.epochs, s.batch_size, s.grad_accum, s.eval_every, s.r) < 1:
-        raise ValueError("--epochs, --batch_size, --grad_accum, --eval_every and --r must be 1 or more.")
+    if min(s.epochs, s.batch_size, s.micro_tokens, s.eval_every, s.r) < 1:
+        raise ValueError("--epochs, --batch_size, --micro_tokens, --eval_every and --r must be 1 or more.")
 
     # ---- data: records -> examples with masks ------------------------------------------------------------
     base, data = ensure_base(s.base), ensure_data(s.data)
     tokenizer = Tokenizer(base)
-    records, val_records = read_records(data / "sft.jsonl"), read_records(data / "val.jsonl")
-    fitting = [r for r in records if training_example(tokenizer, r, [], s.max_length)]
-    if not fitting:
-        raise ValueError(f"{data / 'sft.jsonl'}: no record fits in --max_length {s.max_length}; raise it.")
+
+    def fitting(split: str) -> list[Record]:
+        """The split's records that fit; a cut answer would lose its EOS, so the others are left out."""
+        records = read_records(data / f"{split}.jsonl")
+        kept = [r for r in records if training_example(tokenizer, r, [], s.max_length)]
+        if not kept:
+            raise ValueError(f"{data}/{split}.jsonl: no record fits in --max_length; raise it.")
+        print(f"{split}: {len(kept)} records ({len(records) - len(kept)} longer than {s.max_length} tokens)")
+        return kept
+
+    records, val_records = fitting("sft"), fitting("val")
+    # Validation is without prompts in front: the plainest number, the same whatever --shots is.
     val = [training_example(tokenizer, r, [], s.max_length) for r in val_records]
-    val = [e for e in val if e is not None]
-    val_batches = [collate([val[i] for i in batch])
-                   for batch in length_sorted_batches([len(ids) for ids, _ in val], 32)]
-    steps_per_epoch = math.ceil(math.ceil(len(fitting) / s.batch_size) / s.grad_accum)
+    val_batches = [batch for rows in length_sorted_batches([len(ids) for ids, _ in val], s.batch_size)
+                   for batch in micro_batches([val[i] for i in rows], s.micro_tokens)]
+    # Steps are counted, not read off an iterator: a resumed run knows its epoch and place from a number.
+    steps_per_epoch = math.ceil(len(records) / s.batch_size)
     schedule = s.epochs * steps_per_epoch  # the learning rate's; --max_steps stops earlier on the same curve
     steps = min(schedule, s.max_steps or schedule)
 
     # ---- model: frozen base + LoRA, or all weights -------------------------------------------------------
-    if s.full:  # fp32 weights: an update of lr * 1 is lost in bf16's 8 bits; the products still run in bf16
+    if s.full:
+        # fp32 weights: an update of 5e-5 is lost in bf16's 8 bits. The products run in bf16 all the same
+        # (autocast below). AdamW keeps two more fp32 numbers a weight: 16 bytes a weight with the gradient,
+        # which LoRA spends on 2% of the weights.
         model = llama.load(base, torch.float32, device).requires_grad_(True)
         trained = list(model.parameters())
     else:
         model = llama.load(base, dtype, device)
         if not s.no_int8:
-            lora.quantize(model)
+            lora.quantize(model)  # first int8, then LoRA around it: the adapter learns on what will be used
         targets = lora.ALL_LINEAR if s.targets == "all-linear" else s.targets.split(",")
         trained = lora.add_lora(model, s.r, s.alpha, targets, torch.Generator().manual_seed(s.seed))
     autocast = torch.autocast(torch.device(device).type, dtype, enabled=s.full and dtype != torch.float32)
+    # 0.95, not AdamW's 0.999: a hundred steps are too few for a memory of a thousand
     optimizer = torch.optim.AdamW(trained, lr=s.lr, betas=(0.9, 0.95), weight_decay=s.weight_decay)
-    names = {id(p): n for n, p in model.named_parameters()}
-
+    names = {p: name for name, p in model.named_parameters()}
     base_id = "" if s.full else llama.fingerprint(base)  # reads the whole base: once, not at every save
 
     def save(step: int) -> None:
-        """Weights for use, and weights + optimiser for --resume. All under temporary names, then renamed."""
+        """Weights for use, and weights + moments for --resume. All under temporary names, then renamed."""
         if s.full:
             lora.save_model(model, out, base)
         else:
             lora.save_adapter(model, out, str(base), base_id, TEMPLATE)
-        state = {f"weight.{names[id(p)]}": p for p in trained}
+        state = {f"weight.{names[p]}": p for p in trained}
         for p, moments in optimizer.state.items():
-            state |= {f"{key}.{names[id(p)]}": value for key, value in moments.items()}
+            state |= {f"{key}.{names[p]}": value for key, value in moments.items()}
         lora.save_tensors(state, out / "state.safetensors", {"step": step, "settings": json.dumps(asdict(s))})
 
-    start = 0
+    start, lines = 0, []
     if s.resume:
         state, meta = lora.load_tensors(out / "state.safetensors")
-        changed = [k for k, v in json.loads(meta["settings"]).items()
-                   if v != getattr(s, k)
+        # any other setting would make it another run: not the same bits, and a log that tells of two
+        changed = [k for k, v in json.loads(meta["settings"]).items() if v != getattr(s, k)
                    and k not in ("resume", "max_steps", "device", "eval_every", "out_dir")]
         if changed:
             raise ValueError(f"{out}: the run to resume had other settings for {changed}; use the same, "
                              "or another --out_dir.")
         start = int(meta["step"])
         for p in trained:
-            name = names[id(p)]
-            p.data.copy_(state[f"weight.{name}"])
+            p.data.copy_(state[f"weight.{names[p]}"])
             if start:  # an interrupt before the first step leaves AdamW without moments
-                optimizer.state[p] = {k: state[f"{k}.{name}"].to(p.device if k != "step" else "cpu")
+                optimizer.state[p] = {k: state[f"{k}.{names[p]}"].to(p.device if k != "step" else "cpu")
                                       for k in ("step", "exp_avg", "exp_avg_sq")}
+        # steps after the last save are done again, so their lines go
+        lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()[:start]
 
-    print(f"base {base} in {dtype}, {lora.memory(model)}, device {device}")
-    print(f"{len(fitting)} records ({len(records) - len(fitting)} too long), {len(val)} for validation; "
-          f"{steps} steps of {s.batch_size * s.grad_accum} records")
-    ids, n = epoch_batches(fitting, tokenizer, s, 0)[0][0][0]
+    print(f"base {base} in {dtype}, {lora.memory(model)}, device {device}; "
+          f"{steps} steps of {s.batch_size} records")
+    # Trap 2, by eye: the answer and EOS inside the marks, nothing else, in a sample as it is trained on.
+    ids, n = epoch_steps(records, tokenizer, s, 0)[0][0]
     print(f"one sample as the model reads it, the part with loss between >>> and <<<:\n"
           f"{tokenizer.decode(ids[:-n])}>>>{tokenizer.decode(ids[-n:-1])}<EOS><<<\n")
 
-    @torch.no_grad()
-    def validation_loss() -> float:
-        with autocast:
-            total = sum(answer_loss(model, i.to(device), t.to(device)).item() for i, t in val_batches)
-        return total / sum((t >= 0).sum().item() for _, t in val_batches)
-
     # ---- the loop ----------------------------------------------------------------------------------------
     out.mkdir(parents=True, exist_ok=True)
-    log = open(out / "log.jsonl", "a" if s.resume else "w", encoding="utf-8")
-    step, began, tokens_seen = start, time.time(), 0
+    with lora.replacing(out / "log.jsonl") as file:
+        file.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    log = open(out / "log.jsonl", "a", encoding="utf-8")
+    last = json.loads(lines[-1]) if lines else {"tokens": 0, "seconds": 0.0}
+    tokens, began = last["tokens"], time.time() - last["seconds"]
+    pressed = []  # Ctrl-C lets the step finish: half an update can be neither saved nor repeated
+    default = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
     try:
-        for epoch in range(start // steps_per_epoch, s.epochs):
-            for place, micro_batches in enumerate(epoch_batches(fitting, tokenizer, s, epoch)):
-                if epoch * steps_per_epoch + place < start or step >= steps:
-                    continue
-                batches = [collate(examples) for examples in micro_batches]
-                tokens_seen += sum(len(ids) for examples in micro_batches for ids, _ in examples)
-                # Trap 3: divide by the answer tokens of ALL micro-batches; a mean of means weighs short
-                # ones more.
-                answer_tokens = sum((targets >= 0).sum().item() for _, targets in batches)
-                loss = 0.0
-                for ids, targets in batches:
-                    with autocast:
-                        part = answer_loss(model, ids.to(device), targets.to(device)) / answer_tokens
-                    part.backward()
-                    loss += part.item()
-                if not math.isfinite(loss):
-                    raise ValueError(f"step {step}: the loss is {loss}; the last save is in {out}, "
-                                     "lower --lr and --resume.")
-                norm = torch.nn.utils.clip_grad_norm_(trained, s.grad_clip).item()
-                lr = learning_rate(step, schedule, s)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                step += 1
-                line = {"step": step, "loss": round(loss, 4), "lr": round(lr, 7), "grad_norm": round(norm, 3),
-                        "tokens": tokens_seen, "seconds": round(time.time() - began, 2)}
-                if step % s.eval_every == 0 or step == steps:
-                    line["val_loss"] = round(validation_loss(), 4)
-                    save(step)
-                note = f"  val loss {line['val_loss']:.3f}, saved" if "val_loss" in line else ""
-                print(f"step {step}/{steps}  loss {loss:.3f} (nats a token)  lr {lr:.1e}  "
-                      f"{tokens_seen / max(line['seconds'], 0.01):.0f} tokens/s  "
-                      f"{line['seconds'] / 60:.1f} min{note}",
-                      flush=True)
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-    except KeyboardInterrupt:
-        save(step)
-        print(f"\nstopped at step {step}, saved in {out}; continue with --resume")
-        raise
+        for step in range(start, steps):
+            epoch, place = divmod(step, steps_per_epoch)
+            if place == 0 or step == start:
+                order = epoch_steps(records, tokenizer, s, epoch)
+            batches = micro_batches(order[place], s.micro_tokens)
+            # Trap 3: divide by the answer tokens of ALL micro-batches; a mean of their means would weigh
+            # short answers more.
+            answer_tokens = sum((targets >= 0).sum().item() for _, targets in batches)
+            loss = 0.0
+            for ids, targets in batches:
+                with autocast:
+                    part = answer_loss(model, ids.to(device), targets.to(device)) / answer_tokens
+                part.backward()  # gradients add up over the micro-batches
+                loss += part.item()
+            # NaN stays NaN: better no step at all than one that spoils the adapter and the next save
+            if not math.isfinite(loss):
+                raise ValueError(f"step {step + 1}: the loss is {loss}; lower --lr (last save: {out}).")
+            # Above 1 a few strange records would set the direction; the log shows the norm before clipping.
+            norm = torch.nn.utils.clip_grad_norm_(trained, s.grad_clip).item()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, schedule, s)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            done = step + 1
+            tokens += sum(len(ids) for ids, _ in order[place])
+            line = {"step": done, "loss": round(loss, 4), "lr": round(group["lr"], 7),
+                    "grad_norm": round(norm, 3), "tokens": tokens, "seconds": round(time.time() - began, 2)}
+            if done % s.eval_every == 0 or done == steps:
+                with torch.no_grad(), autocast:
+                    total = sum(answer_loss(model, i.to(device), t.to(device)).item() for i, t in val_batches)
+                line["val_loss"] = round(total / sum((t >= 0).sum().item() for _, t in val_batches), 4)
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+            if "val_loss" in line or pressed:
+                save(done)
+            print(f"step {done}/{steps}  loss {loss:.3f} (nats a token)  lr {line['lr']:.1e}  "
+                  f"{tokens / max(line['seconds'], 0.01):.0f} tokens/s  {line['seconds'] / 60:.1f} min"
+                  + (f"  val loss {line['val_loss']:.3f}, saved" if "val_loss" in line else ""), flush=True)
+            if pressed:
+                print(f"stopped after step {done}, saved in {out}; continue with --resume")
+                raise KeyboardInterrupt
+    finally:
+        signal.signal(signal.SIGINT, default)
     print(f"saved in {out}. next: python train_rl.py"
           + (f" --base {out} --adapter none --out_dir out/rl_full" if s.full else ""))
 

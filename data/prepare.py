@@ -173,7 +173,7 @@ def fetch_hub(repo: str, target: Path) -> None:
     except FileNotFoundError:  # a larger model comes in shards, listed in an index
         try:  # a stranger's text becomes paths of ours: plain names only (None[0], from no match, raises)
             names = json.loads(get("model.safetensors.index.json").read_bytes())["weight_map"].values()
-            shards = {re.fullmatch(r"\w[\w.-]*\.safetensors", name)[0] for name in names}
+            shards = {re.fullmatch(r"\w[\w.-]*\.safetensors", name)[0] for name in list(names) or [""]}
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{repo}: its index names no plain safetensors files; try another") from None
         for name in sorted(shards):

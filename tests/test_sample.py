@@ -35,7 +35,7 @@ def made(tmp_path_factory):
     for layer in lora.lora_layers(model).values():
         layer.B.data.copy_(0.2 * torch.randn(layer.B.shape, generator=generator))
     lora.save_adapter(model, home / "sft", str(base), llama.fingerprint(base), TEMPLATE)
-    tuned, model_id = lora.load_tuned(base, str(home / "sft"), TEMPLATE, torch.float32, "cpu")
+    tuned, model_id = matching.load_tuned(base, str(home / "sft"), TEMPLATE, torch.float32, "cpu")
     pool = matching.embed_records(tuned, Tokenizer(base), POOL)
     matcher = matching.Matcher(pool, hidden=4, scale=3.0, generator=generator)
     for tower in (matcher.prompt_tower, matcher.state_tower):
@@ -72,7 +72,7 @@ def run(made, capsys):
 def expected(made, adapter: str, exemplars: list[dict]) -> str:
     base = made[0]
     tokenizer = Tokenizer(base)
-    model, _ = lora.load_tuned(base, adapter, TEMPLATE, torch.float32, "cpu")
+    model, _ = matching.load_tuned(base, adapter, TEMPLATE, torch.float32, "cpu")
     ids, _ = answering_prompt(tokenizer, {**QUERY, "task": "", "output": ""}, exemplars, 400)
     [answer] = llama.generate(model, [ids], 12, tokenizer.eos, tokenizer.encode(NEXT_BLOCK))
     return clean_answer(tokenizer, answer)
@@ -97,7 +97,7 @@ def test_nothing_trained_yet(run, made, tmp_path):
 def test_adapter_and_matcher(run, made):
     """Both prompts of the stored pool, with each step's probability, and the tuned model's answer to them."""
     base, adapter, folder = made
-    model, model_id = lora.load_tuned(base, str(adapter), TEMPLATE, torch.float32, "cpu")
+    model, model_id = matching.load_tuned(base, str(adapter), TEMPLATE, torch.float32, "cpu")
     matcher, pool, m = matching.load(folder, model_id)
     tokenizer = Tokenizer(base)
     query, prompts = (matching.embed_records(model, tokenizer, r) for r in ([QUERY], pool))
@@ -134,7 +134,7 @@ def test_pool_of_ones_own(run, tmp_path):
 
 def test_pool_without_a_matcher_is_matched_by_knn(run, made, tmp_path):
     base, adapter, _ = made
-    model, _ = lora.load_tuned(base, str(adapter), TEMPLATE, torch.float32, "cpu")
+    model, _ = matching.load_tuned(base, str(adapter), TEMPLATE, torch.float32, "cpu")
     tokenizer = Tokenizer(base)
     query, prompts = (matching.embed_records(model, tokenizer, r) for r in ([QUERY], POOL))
     nearest = [POOL[j] for j in matching.knn(query, prompts, 3)[0]]

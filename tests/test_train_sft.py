@@ -4,6 +4,7 @@
 """
 import json
 import random
+import signal
 import sys
 
 import pytest
@@ -12,12 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 import lora
+import matcher
 import model as llama
 import train_sft
 from data import prepare
 from data.instructions import TEMPLATE, collate, training_example
 from data.tokenizer import Tokenizer
-from train_sft import Settings, answer_loss, epoch_batches, pick_exemplars
+from train_sft import Settings, answer_loss, epoch_steps, micro_batches, pick_exemplars
 
 
 @pytest.fixture(scope="module")
@@ -63,28 +65,36 @@ def same(a: dict, b: dict) -> bool:
 
 # ---- the parts ---------------------------------------------------------------------------------------------
 
-def test_epoch_batches_depend_on_seed_and_epoch_alone(base):
+def test_epoch_steps_depend_on_seed_and_epoch_alone(base):
     """What --resume rests on; and each record is there once an epoch, whatever stands before it."""
     tokenizer, records = Tokenizer(base), tiny.records(30)
     def epoch(n, **changes):
         random.seed(n * 17)  # the global generators must not matter
         torch.manual_seed(n * 17)
-        s = Settings(batch_size=4, grad_accum=3, shots=2, **changes)
-        return epoch_batches(records, tokenizer, s, n)
+        s = Settings(batch_size=4, shots=2, **changes)
+        return epoch_steps(records, tokenizer, s, n)
     first = epoch(0)
     epoch(5)
     assert epoch(0) == first
     assert epoch(1) != first and epoch(0, seed=1) != first
-    assert [len(step) for step in first] == [3, 3, 2]
-    assert max(len(micro) for step in first for micro in step) == 4
+    assert sorted(len(step) for step in first) == [2] + 7 * [4]
     def questions(steps):  # the end of each example, from its query on, which names the record
-        texts = [tokenizer.decode(ids) for step in steps for micro in step for ids, _ in micro]
+        texts = [tokenizer.decode(ids) for step in steps for ids, _ in step]
         return sorted(text[text.rindex("### Instruction"):] for text in texts)
     wanted = sorted(tokenizer.decode(training_example(tokenizer, r, [], 512)[0]) for r in records)
     assert questions(first) == questions(epoch(1)) == wanted
-    shots = [tokenizer.decode(ids).count("### Instruction") - 1
-             for step in first for micro in step for ids, _ in micro]
+    shots = [tokenizer.decode(ids).count("### Instruction") - 1 for step in first for ids, _ in step]
     assert set(shots) == {0, 1, 2}
+
+
+def test_micro_batches_hold_to_the_tokens_and_lose_no_record():
+    """16 records in pieces of at most 14: 8 + 8, since a rest of 2 would leave the cores idle."""
+    examples = [([7] * length, 2) for length in (70,) * 15 + (73,)]
+    pieces = micro_batches(examples, 14 * 73)
+    assert [tuple(ids.shape) for ids, _ in pieces] == [(8, 70), (8, 73)]
+    assert sum((targets >= 0).sum().item() for _, targets in pieces) == 32
+    assert [len(ids) for ids, _ in micro_batches(examples, 1)] == [1] * 16  # never less than one record
+    assert len(micro_batches(examples, 16 * 73)) == 1
 
 
 def test_exemplars_are_never_the_record_itself():
@@ -138,18 +148,18 @@ def test_gradient_accumulation_is_one_large_batch(run, tmp_path, monkeypatch):
     def spy_loss(model, ids, targets):
         loss = answer_loss(model, ids, targets)
         if loss.requires_grad:
-            sums.append((loss.item(), (targets >= 0).sum().item()))
+            sums.append((loss.item(), (targets >= 0).sum().item(), ids.size(1)))
         return loss
     monkeypatch.setattr(train_sft, "answer_loss", spy_loss)
-    one = run("one", batch_size=8, epochs=1)
-    four = run("four", batch_size=2, grad_accum=4, epochs=1)
+    one = run("one", batch_size=8, epochs=1, micro_tokens=10**6)
+    four = run("four", batch_size=8, epochs=1, micro_tokens=2 * sums[0][2])
     assert len(gradients) == 2 and len(sums) == 1 + 4
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     assert max(g.abs().max() for g in gradients[0]) > 1e-2
     [a], [b] = log(one), log(four)
     assert a["loss"] == pytest.approx(b["loss"], abs=2e-4) and a["tokens"] == b["tokens"]
-    mean_of_means = sum(total / n for total, n in sums[1:]) / 4
+    mean_of_means = sum(total / n for total, n, _ in sums[1:]) / 4
     assert abs(mean_of_means - a["loss"]) > 5e-3  # so the test could have told
 
 
@@ -175,56 +185,49 @@ def test_full_run_resumes_bitwise_too(run):
     assert same(*(load_file(folder / "model.safetensors") for folder in (whole, halves)))
 
 
-def test_an_interrupted_run_saves_and_resumes(run, monkeypatch, capsys):
-    """Ctrl-C in the seventh step: six are saved, cli ends with 130, and the resumed run is the whole run."""
-    whole = run("whole", max_steps=10, eval_every=100)
+def ctrl_c_in_call(n):
+    """answer_loss, with Ctrl-C pressed during its n-th call."""
     calls = []
     def pressed(*args):
         calls.append(1)
-        if len(calls) == 7:
-            raise KeyboardInterrupt
+        if len(calls) == n:
+            signal.raise_signal(signal.SIGINT)
         return answer_loss(*args)
+    return pressed
+
+
+@pytest.mark.parametrize("call", [1, 7])
+def test_an_interrupted_run_saves_and_resumes(run, monkeypatch, capsys, call):
+    """Ctrl-C in a step: the step is finished and saved, and the resumed run is the whole run."""
+    whole = run("whole", max_steps=10, eval_every=100, micro_tokens=10**6)
+    handler = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
-        patch.setattr(train_sft, "answer_loss", pressed)
+        patch.setattr(train_sft, "answer_loss", ctrl_c_in_call(call))
         with pytest.raises(KeyboardInterrupt):
-            run("broken", max_steps=10, eval_every=100)
-    assert "stopped at step 6" in capsys.readouterr().out
-    broken = run("broken", max_steps=10, eval_every=100, resume=True)
+            run("broken", max_steps=10, eval_every=100, micro_tokens=10**6)  # a step is one call
+    assert f"stopped after step {call}" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is handler
+    broken = run("broken", max_steps=10, eval_every=100, micro_tokens=10**6, resume=True)
     assert same(*(load_file(folder / "adapter_model.safetensors") for folder in (whole, broken)))
 
 
-def test_an_interrupt_before_the_first_step_can_be_resumed(run, monkeypatch):
-    def pressed(*args):
-        raise KeyboardInterrupt
-    with monkeypatch.context() as patch:
-        patch.setattr(train_sft, "answer_loss", pressed)
-        with pytest.raises(KeyboardInterrupt):
-            run("early", max_steps=2)
-    early, plain = run("early", max_steps=2, resume=True), run("plain", max_steps=2)
-    assert same(*(load_file(folder / "adapter_model.safetensors") for folder in (early, plain)))
+def test_the_log_of_a_resumed_run_goes_on(run):
+    """Lines after the last save (a kill came before the next) are dropped; tokens and seconds add up."""
+    whole, halves = run("whole", max_steps=10), run("halves", max_steps=5)
+    with open(halves / "log.jsonl", "a") as file:
+        file.write('{"step": 6, "loss": 9.9}\n{"step": 7, "lo')
+    run("halves", max_steps=10, resume=True)
+    assert [line["step"] for line in log(halves)] == list(range(1, 11))
+    assert [line["tokens"] for line in log(halves)] == [line["tokens"] for line in log(whole)]
+    seconds = [line["seconds"] for line in log(halves)]
+    assert seconds == sorted(seconds)
 
 
 def test_exit_status_130_after_an_interrupt(base, tmp_path, monkeypatch, run):
-    def pressed(*args):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(train_sft, "answer_loss", pressed)
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        [
-            "train_sft.py",
-            "--base",
-            str(base),
-            "--data",
-            str(tmp_path / "mine.jsonl"),
-            "--out_dir",
-            str(tmp_path / "out"),
-            "--device",
-            "cpu",
-            "--dtype",
-            "float32",
-        ],
-    )
+    monkeypatch.setattr(train_sft, "answer_loss", ctrl_c_in_call(1))
+    flags = {"base": base, "data": tmp_path / "mine.jsonl", "out_dir": tmp_path / "out", "device": "cpu",
+             "dtype": "float32"}
+    monkeypatch.setattr(sys, "argv", ["train_sft.py"] + [f"--{k}={v}" for k, v in flags.items()])
     with pytest.raises(SystemExit) as ended:
         prepare.cli(Settings, train_sft.main)
     assert ended.value.code == 130
@@ -272,7 +275,7 @@ def test_lora_leaves_the_base_alone_and_can_be_loaded(run, base, how, monkeypatc
     layers = lora.lora_layers(model)
     assert len(layers) == 2 * (2 if "targets" in how else 7)
     assert all(layer.B.abs().max() > 0 for layer in layers.values())
-    tuned, _ = lora.load_tuned(base, str(out), TEMPLATE, torch.float32, "cpu")
+    tuned, _ = matcher.load_tuned(base, str(out), TEMPLATE, torch.float32, "cpu")
     ids = torch.arange(5, 45)[None]
     with torch.no_grad():
         torch.testing.assert_close(tuned(ids), model(ids), rtol=1e-4, atol=1e-5)
@@ -300,9 +303,9 @@ def test_three_steps_equal_transformers_and_peft(run, base, tmp_path):
     losses and the same adapter. Nothing of ours but the batches takes part on the other side."""
     import peft
     import transformers
-    how = {"no_int8": True, "epochs": 1, "max_steps": 3, "shots": 1, "grad_accum": 2}
+    how = {"no_int8": True, "epochs": 1, "max_steps": 3, "shots": 1, "micro_tokens": 500}
     out = run("ours", **how)
-    s = Settings(batch_size=4, shots=1, grad_accum=2, epochs=1, lr=1e-2)
+    s = Settings(batch_size=4, shots=1, epochs=1, lr=1e-2)
     [folder] = (tmp_path / "data").iterdir()
     records = [json.loads(line) for line in (folder / "sft.jsonl").read_text().splitlines()]
     start = llama.load(base)
@@ -318,15 +321,14 @@ def test_three_steps_equal_transformers_and_peft(run, base, tmp_path):
     trained = [p for p in theirs.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=s.lr, betas=(0.9, 0.95), weight_decay=0.0)
     lines = log(out)
-    for line, micro_batches in zip(lines, epoch_batches(records, Tokenizer(base), s, 0), strict=False):
-        n = sum(n for batch in micro_batches for _, n in batch)
+    for line, examples in zip(lines, epoch_steps(records, Tokenizer(base), s, 0), strict=False):
+        n = sum(n for _, n in examples)
         total = 0.0
-        for batch in micro_batches:
-            for ids, length in batch:  # one by one: no padding at all on this side
-                labels = [-100] * (len(ids) - length) + ids[-length:]
-                mean = theirs(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss
-                (mean * length / n).backward()
-                total += mean.item() * length / n
+        for ids, length in examples:  # one by one: no padding at all on this side
+            labels = [-100] * (len(ids) - length) + ids[-length:]
+            mean = theirs(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss
+            (mean * length / n).backward()
+            total += mean.item() * length / n
         assert line["loss"] == pytest.approx(total, abs=2e-4)
         norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
         assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-3, abs=1e-3)
@@ -343,7 +345,8 @@ def test_three_steps_equal_transformers_and_peft(run, base, tmp_path):
 @pytest.mark.parametrize(
     "wrong, words",
     [
-        ({"max_length": 5}, "--max_length"),
+        ({"max_length": 5}, "sft.jsonl: no record fits in --max_length"),
+        ({"micro_tokens": 0}, "--micro_tokens"),
         ({"targets": "q_proj,nose"}, "nose"),
         ({"dtype": "float12"}, "dtype"),
         ({"data": "nowhere"}, "--data"),
