@@ -24,9 +24,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-# model_type -> (bias on q/k/v, norm on q and k)
-FAMILIES = {"llama": (False, False), "mistral": (False, False), "qwen2": (True, False),
-            "qwen3": (False, True)}
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # values of config.json's model_type
 
 
 def read_json(file: Path) -> dict:
@@ -89,17 +87,15 @@ class Config:
                 (window and window < raw.get("max_position_embeddings", 0), f"sliding_window {window}")):
             if refused:
                 raise ValueError(f"{file}: {what} is not supported; use another model.")
-        qkv_bias, qk_norm = FAMILIES[family]
         heads = raw.get("num_attention_heads", 1)
         raw |= {"num_key_value_heads": raw.get("num_key_value_heads") or heads,  # absent or null: one a head
                 "head_dim": raw.get("head_dim") or raw.get("hidden_size", 0) // heads,
                 "rope_theta": rope.get("rope_theta") or raw.get("rope_theta", 10000.0),
                 "rope_scaling": rope if kind == "llama3" else None,
                 "tie_word_embeddings": raw.get("tie_word_embeddings", False),
-                "qkv_bias": qkv_bias, "qk_norm": qk_norm}
-        for field in fields(cls):
-            if field.name not in raw:
-                raise ValueError(f"{file}: field '{field.name}' is missing.")
+                "qkv_bias": family == "qwen2", "qk_norm": family == "qwen3"}  # all else is the same in all
+        if missing := [field.name for field in fields(cls) if field.name not in raw]:
+            raise ValueError(f"{file}: field '{missing[0]}' is missing; fetch the model again.")
         return cls(**{field.name: raw[field.name] for field in fields(cls)})
 
 
