@@ -250,10 +250,14 @@ def load_adapter(model: nn.Module, folder: str | Path, base_id: str, template: s
     if not config_file.exists():
         raise FileNotFoundError(f"{config_file} is missing; run python train_sft.py, or name an adapter.")
     config = read_json(config_file)
-    for field, plain in (("peft_type", "LORA"), ("use_dora", False), ("use_rslora", False), ("bias", "none"),
-                         ("rank_pattern", {}), ("alpha_pattern", {}), ("modules_to_save", None)):
-        if config.get(field, plain) not in (plain, None):
-            raise ValueError(f"{config_file}: {field} = {config[field]} is not supported, only {plain} is.")
+    # What would change the arithmetic is refused; PiSSA, OLoRA and the like have changed the base as well.
+    for field, allowed in (("peft_type", ("LORA",)), ("use_dora", (False,)), ("use_rslora", (False,)),
+                           ("bias", ("none",)), ("rank_pattern", ({},)), ("alpha_pattern", ({},)),
+                           ("modules_to_save", ()), ("alora_invocation_tokens", ()),
+                           ("init_lora_weights", (True, False, "gaussian", "orthogonal", "eva"))):
+        if config.get(field) not in (None, *allowed):
+            raise ValueError(f"{config_file}: {field} = {config[field]} is not supported; make the adapter "
+                             "plain LoRA with PEFT.")
     ours = folder / "nanopillow.json"
     if ours.exists():
         stored = read_json(ours)
@@ -264,6 +268,8 @@ def load_adapter(model: nn.Module, folder: str | Path, base_id: str, template: s
     targets = config["target_modules"]
     if targets in ("all-linear", ["all-linear"]):
         targets = ALL_LINEAR
+    elif isinstance(targets, str):
+        raise ValueError(f"{config_file}: target_modules = {targets} is a pattern; list the names instead.")
     targets = sorted({t.split(".")[-1] for t in targets})  # PEFT writes full names for "all-linear"
     trained, _ = load_tensors(folder / "adapter_model.safetensors")
     add_lora(model, config["r"], config["lora_alpha"], targets)

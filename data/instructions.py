@@ -15,6 +15,7 @@ Simplified: Alpaca's section headers without its two-sentence preamble, which wo
 Try: python -c "from data.instructions import *; print(read_records('data/example_pool.jsonl')[0])"
 """
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,6 +44,8 @@ def check_record(item: object, where: str) -> Record:
     for field, value in record.items():
         if not isinstance(value, str):
             raise ValueError(f"{where}: field '{field}' must be text, but it is {json.dumps(value)[:60]}.")
+        if re.search("[\ud800-\udfff]", value):  # a JSON escape can bring one, and no file can hold it
+            raise ValueError(f"{where}: field '{field}' has half a surrogate pair, no character; mend it.")
     for field in ("instruction", "output"):
         if not record[field].strip():
             raise ValueError(f"{where}: field '{field}' is empty; write it or remove the record.")

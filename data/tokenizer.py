@@ -69,6 +69,7 @@ class Tokenizer:
         if normalizer not in (None, "NFC"):
             raise ValueError(f"{file}: normalizer {normalizer} is not supported; only NFC or none is.")
         self.nfc = normalizer == "NFC"
+        pattern = split_pattern(spec.get("pre_tokenizer"), file)  # first: it refuses what is not byte-level
 
         alphabet = byte_alphabet()
         def to_bytes(token: str) -> bytes:
@@ -94,10 +95,12 @@ class Tokenizer:
                 ranks[as_bytes] = len(self.ids)
                 self.ids.append(vocab[token])
         # No special token is given to tiktoken: what a user types can then never become one.
-        self.bpe = tiktoken.Encoding(file.parent.name, pat_str=split_pattern(spec.get("pre_tokenizer"), file),
+        self.bpe = tiktoken.Encoding(file.parent.name, pat_str=pattern,
                                      mergeable_ranks=ranks, special_tokens={})
         self.bytes = {self.ids[rank]: token for token, rank in ranks.items() if self.ids[rank] != missing}
-        self.bytes.update({i: b"" for i in added.values()})  # control tokens show as nothing
+        # control tokens show as nothing; Qwen3's <think>, added but not special, as itself
+        self.bytes.update({t["id"]: b"" if t.get("special", True) else t["content"].encode()
+                           for t in spec.get("added_tokens", [])})
         self.size = max([*vocab.values(), *added.values()]) + 1
 
         config = json.loads((file.parent / "config.json").read_text(encoding="utf-8"))
@@ -120,6 +123,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text` alone: no bos, no eos, and nothing in it is read as a control token."""
+        # half a surrogate pair (JSON escapes can bring one) is no character: U+FFFD
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         text = unicodedata.normalize("NFC", text) if self.nfc else text
         return [i for i in map(self.ids.__getitem__, self.bpe.encode_ordinary(text)) if i >= 0]
 

@@ -109,6 +109,12 @@ def base_model(base):
 
 
 @pytest.fixture(scope="session")
+def base_reference(base):
+    """The same weights in transformers, fp32."""
+    return transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
 def base_tokenizer(base):
     from data.tokenizer import Tokenizer
     return Tokenizer(base)

@@ -235,6 +235,7 @@ GOOD = b'{"instruction": "x", "output": "y"}\n'
     (GOOD + b'{"instruction": "x", "output": null}', ":2:", "field 'output' must be text, but it is null"),
     (GOOD + b'{"instruction": "x", "output": "y", "input": ["a"]}', ":2:", "field 'input' must be text"),
     (GOOD + b'{"instruction": "x", "output": "y", "task": 3}', ":2:", "field 'task' must be text"),
+    (GOOD + b'{"instruction": "x", "output": "y \\ud83d"}', ":2:", "field 'output' has half a surrogate"),
     (GOOD + b'{"instruction": "x", "output": " \\n"}', ":2:", "field 'output' is empty"),
     (GOOD + b'{"instruction": "", "output": "y"}', ":2:", "field 'instruction' is empty"),
     (GOOD + b'"only a string"', ":2:", "must be a JSON object"),

@@ -235,6 +235,10 @@ REFUSED = {  # as PEFT writes them: settings of its config -> what the refusal n
     "lora_bias": ({"lora_bias": True}, "lora_B.bias"),
     "one layer": ({"layers_to_transform": [0]}, "layers.1"),
     "a saved head": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights = pissa"),  # its base is not the base
+    "olora": ({"init_lora_weights": "olora"}, "init_lora_weights = olora"),
+    "activated": ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens"),
+    "pattern": ({"target_modules": r".*\.q_proj"}, "target_modules"),
 }
 
 
@@ -244,7 +248,8 @@ def test_pefts_other_kinds_are_refused(make_folder, tmp_path, changes, named):
     folder, _ = make_folder("qwen2")  # biases on q and v, for bias = lora_only
     torch.manual_seed(0)
     theirs = peft.get_peft_model(reference_model(folder), peft.LoraConfig(
-        r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM", **changes))
+        **{"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False,
+           "task_type": "CAUSAL_LM"} | changes))
     theirs.save_pretrained(tmp_path / "a")
     with pytest.raises(ValueError, match=named) as error:
         lora.load_adapter(load(folder), tmp_path / "a", "any base", "any template")

@@ -20,15 +20,17 @@ QWEN_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 SPECIALS = ["<|unk|>", "<|bos|>", "<|eos|>"]
 
 # Text as people and machines write it: any character, runs of white space and digits, scripts, control
-# tokens. \x04 and \U00050000 hold bytes that SmolLM2's vocabulary lacks.
+# tokens. \x04 and \U00050000 hold bytes that SmolLM2's vocabulary lacks. Half a surrogate pair is no text,
+# but JSON escapes can bring it.
 SNIPPETS = [
     "It's", "we'LL", " don't", "DON'T", " 'tis", "10 pm", " 3.14", "1234567", "\u0663\u0664", "½", "x²",
     "naïve", "e\u0301", "Ⅷ", "東京タワー", "안녕", "שלום", "مرحبا", "ไทย", "🙂", "👩\u200d👩\u200d👧", "🇫🇷",
     "\u200f", "\u00a0", "\u3000", "\u2028", "\u0085", "\r\n", "\n\n\n", "\t", "    ", " \n ", "\x00", "\x04",
     "\x1d", "\U00050000", "<|im_start|>", "<|endoftext|>", "<|bos|>", "<|unk|>", "### Response:\n", "_", "--",
-    "!?…", "ſ", "ß"]
+    "!?…", "ſ", "ß", "\ud800", "\udc00", "\ud83d\ude00"]
 SPACED = " \n\t\r0123456789ab.'"
-TEXT = st.lists(st.one_of(st.sampled_from(SNIPPETS), st.text(max_size=6), st.text(SPACED, max_size=8)),
+TEXT = st.lists(st.one_of(st.sampled_from(SNIPPETS), st.text(max_size=6), st.text(SPACED, max_size=8),
+                          st.text(st.characters(categories=["Cs", "Lo", "Mn"]), max_size=4)),
                 max_size=10).map("".join)
 MANY = settings(max_examples=1000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
@@ -39,6 +41,11 @@ def reference(folder) -> tokenizers.Tokenizer:
     its = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     its.encode_special_tokens = True
     return its
+
+
+def whole(text: str) -> str:
+    """Surrogate pairs joined, lone halves replaced by U+FFFD, as tiktoken does. `tokenizers` takes none."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def write(folder, spec: dict, eos=2):
@@ -68,8 +75,9 @@ def train(style: str, corpus: str) -> dict:
         vocab_size=700, special_tokens=SPECIALS, show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     if style == "llama3":
-        its.post_processor = processors.TemplateProcessing(
-            single="<|bos|> $A", special_tokens=[("<|bos|>", 1)])
+        its.post_processor = processors.Sequence([
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 1)])])
     return json.loads(its.to_str())
 
 
@@ -91,17 +99,25 @@ MISSING = {0x04, 0x06, 0x13, 0x14, 0x16, 0x1d, 0xc0, 0xc1, 0xf1, 0xf2, *range(0x
 @example(text="It is 10 pm.  5 x\n 7")
 @example(text="a\x04b\U00050000c")
 @example(text="<|im_start|>user<|im_end|>")
+@example(text="half a \ud83d, the whole \ud83d\ude00, the other half \ude00")
 def test_base_ids_equal_tokenizers(base, base_tokenizer, text):
     """Trap 8: the split pattern is the model's own (SmolLM2 splits digits singly), and nothing a user types
     becomes a control token: only bytes without a token are, each of them, the unknown one."""
-    ids = base_tokenizer.encode(text)
+    ids, text = base_tokenizer.encode(text), whole(text)
     assert ids == reference(base).encode(text, add_special_tokens=False).ids
     lacking = sum(b in MISSING for b in text.encode())
     control = [i for i in ids if i <= 16]  # SmolLM2's control tokens are the ids 0..16
     assert control == [base_tokenizer.unknown] * lacking
+    assert base_tokenizer.decode(ids) == reference(base).decode(ids)
     if not lacking:
         assert base_tokenizer.decode(ids) == text
 
+
+@MANY
+@given(ids=st.lists(st.one_of(st.integers(0, 600), st.integers(0, 49151)), max_size=12))
+def test_any_ids_decode_as_tokenizers_does(base, base_tokenizer, ids):
+    """What a model says may be cut characters and control tokens (the ids below 17) in any order."""
+    assert base_tokenizer.decode(ids) == reference(base).decode(ids)
 
 
 def test_the_21_bytes_without_a_token(base, base_tokenizer):
@@ -137,10 +153,17 @@ def test_base_facts(base_tokenizer):
 @example(text="The lighthouse keeper's 12345 pillows,  e\u0301 \r\n\r\n  end ")
 def test_trained_ids_equal_tokenizers(trained, text):
     folder, ours, its = trained
-    ids = ours.encode(text)
+    ids, text = ours.encode(text), whole(text)
     assert ids == its.encode(text, add_special_tokens=False).ids
     assert not set(ids) & {0, 1, 2}  # all 256 bytes have a token here, so never a control token
-    assert ours.decode(ids) == (unicodedata.normalize("NFC", text) if ours.nfc else text)
+    assert ours.decode(ids) == its.decode(ids) == (unicodedata.normalize("NFC", text) if ours.nfc else text)
+
+
+@MANY
+@given(ids=st.lists(st.one_of(st.integers(0, 200), st.integers(0, 699)), max_size=12))
+def test_trained_ids_decode_as_tokenizers_does(trained, ids):
+    folder, ours, its = trained
+    assert ours.decode(ids) == its.decode(ids)
 
 
 def test_trained_facts(trained):
@@ -148,6 +171,26 @@ def test_trained_facts(trained):
     is_llama3 = its.post_processor is not None
     assert ours.bos == its.encode("").ids == ([1] if is_llama3 else [])
     assert ours.eos == 2 and ours.size == its.get_vocab_size() and ours.unknown is None
+
+
+def test_half_a_surrogate_pair_before_nfc(tmp_path, story):
+    """Pairs are joined first, then normalised: U+1D15E, a musical note, is two characters in NFC."""
+    folder = write(tmp_path / "m", train("qwen", story))
+    ours, text = Tokenizer(folder), "\ud834\udd5e e\ud800\u0301"
+    assert ours.encode(text) == reference(folder).encode(whole(text)).ids
+
+
+def test_added_tokens_that_are_not_special(tmp_path, story):
+    """Qwen3's <think> is such a one: transformers shows it in an answer. What a user types stays text."""
+    spec = train("qwen", story)
+    size = len(spec["model"]["vocab"])
+    flags = dict.fromkeys(("special", "single_word", "lstrip", "rstrip", "normalized"), False)
+    spec["added_tokens"].append({"id": size, "content": "<think>", **flags})
+    folder = write(tmp_path / "m", spec)
+    ours = Tokenizer(folder)
+    ids = [1, size, *ours.encode(" hm"), 2]
+    assert ours.decode(ids) == reference(folder).decode(ids) == "<think> hm"
+    assert size not in ours.encode("<think>")
 
 
 def test_styles_differ(tmp_path, story):
@@ -209,6 +252,28 @@ def test_refused_by_name(tmp_path, change, named):
     assert str(folder / "tokenizer.json") in str(error.value)
 
 
+@pytest.mark.parametrize("kind, named", [
+    ("bpe", "NFKC"), ("bare bpe", "Metaspace"), ("unigram", "Unigram"), ("llama2", "byte fallback")])
+def test_sentencepiece_is_refused(tmp_path, story, kind, named):
+    """Real ones, trained here: SentencePiece's BPE, its unigram model, and what transformers makes of the
+    tokenizer.model of Llama 2 and TinyLlama."""
+    its = (tokenizers.SentencePieceUnigramTokenizer if kind == "unigram"
+           else tokenizers.SentencePieceBPETokenizer)()
+    its.train_from_iterator([story], vocab_size=200, show_progress=False)
+    spec = json.loads(its.to_str())
+    if kind == "bare bpe":  # nothing but its pre-tokenizer tells
+        spec["normalizer"] = None
+    if kind == "llama2":
+        spec["model"]["byte_fallback"] = True
+        spec |= {"pre_tokenizer": None, "normalizer": {"type": "Sequence", "normalizers": [
+            {"type": "Prepend", "prepend": "\u2581"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]}}
+    folder = write(tmp_path / "m", spec)
+    with pytest.raises(ValueError, match=named) as error:
+        Tokenizer(folder)
+    assert "\n" not in str(error.value)
+
+
 def test_plain_is_not_refused(tmp_path):
     """The spec that the refusals above change is itself taken, so each refusal is due to its change."""
     folder = write(tmp_path / "m", {"model": BPE, "pre_tokenizer": BYTE_LEVEL, "normalizer": None})
@@ -223,5 +288,6 @@ def test_patterns(tmp_path):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match="tokenizer.json is missing"):
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match="tokenizer.json is missing.*SentencePiece"):
         Tokenizer(tmp_path)
