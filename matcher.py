@@ -98,12 +98,14 @@ class Tower(nn.Module):
 
 
 class Matcher(nn.Module):
-    """The two towers, and the pool's mean and deviation, by which every embedding is standardised first."""
+    """The two towers, and the embedded pool (P, C): its mean and deviation standardise every embedding, and
+    stored with the towers (trap 11: a policy belongs to its pool) it need not be embedded again."""
 
     def __init__(self, pool: Tensor, hidden: int = 256, scale: float = 20.0,
                  generator: torch.Generator | None = None):
         super().__init__()
         width = pool.size(1)
+        self.register_buffer("pool", pool)
         # Hidden states of an LLM share a large common part; without this all cosines are near 1.
         self.register_buffer("mean", pool.mean(0))
         self.register_buffer("deviation", pool.std(0, unbiased=False).clamp(min=1e-3))
@@ -181,8 +183,7 @@ def same_question(queries: Sequence[Record], pool: Sequence[Record]) -> Tensor:
 
 def save(matcher: Matcher, folder: str | Path, pool: Sequence[Record], m: int, model_id: str,
          **notes) -> None:
-    """matcher.safetensors and matcher.json. The pool is stored too: a policy without its pool is half a
-    policy."""
+    """matcher.safetensors and matcher.json, which holds the pool's records: half of a policy."""
     folder = Path(folder)
     save_tensors(matcher.state_dict(), folder / "matcher.safetensors")
     save_json({"m": m, "hidden": matcher.prompt_tower.up.out_features, "scale": matcher.scale,
@@ -199,8 +200,9 @@ def load(folder: str | Path, model_id: str) -> tuple[Matcher, list[Record], int]
         raise ValueError(f"{folder}: the matcher was trained on embeddings of model {meta['model_id']}, this "
                          f"is {model_id}; use the same --base and adapter, or train again.")
     tensors, _ = load_tensors(folder / "matcher.safetensors")
-    matcher = Matcher(tensors["mean"].expand(1, -1), meta["hidden"], meta["scale"])
-    if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in matcher.state_dict().items()}:
+    matcher = Matcher(tensors.get("pool", torch.zeros(1, 1)), meta["hidden"], meta["scale"])
+    if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in matcher.state_dict().items()} or (
+            len(matcher.pool) != len(meta["pool"])):
         raise ValueError(f"{folder / 'matcher.safetensors'}: tensors do not fit matcher.json; train again.")
     matcher.load_state_dict(tensors)
     pool = [check_record(r, f"{folder}/matcher.json: record {n}") for n, r in enumerate(meta["pool"], 1)]

@@ -88,19 +88,18 @@ def main(s: Settings) -> None:
         s.adapter = "none"
     model, model_id = matching.load_tuned(base, s.adapter, TEMPLATE, dtype, device)
     tokenizer = Tokenizer(base)
-    # A pool of your own comes before the one that the matcher was trained on (trap 11: stored with it).
     pool = read_records(s.pool) if s.pool else []
-    matcher, trained_m = None, 1
+    matcher, vectors, trained_m = None, None, 1
     if not s.no_match and Path(s.matcher, "matcher.json").exists():
         matcher, stored, trained_m = matching.load(s.matcher, model_id)
-        pool = pool or stored
+        if not pool:  # the one it was trained on, embedded already
+            pool, vectors = stored, matcher.pool
     elif not s.no_match:
         print(f"(no matcher in {s.matcher}: " + ("the nearest prompts of the pool are taken" if pool else
               "no prompts are matched") + "; to train one, python train_rl.py)")
-    # Embedded, not looked up: that is why any pool will do. Without a trained matcher: nearest neighbours.
-    vectors = matching.embed_records(model, tokenizer, pool) if pool and not s.no_match else None  # (P, C)
-    if vectors is not None and matcher is None:
-        matcher = matching.Matcher(vectors, hidden=1)
+    if s.pool and not s.no_match:  # a pool of your own: any will do, since prompts are embedded, not indexed
+        vectors = matching.embed_records(model, tokenizer, pool)  # (P, C)
+        matcher = matcher or matching.Matcher(vectors, hidden=1)  # untrained: nearest neighbours
     m = min(s.m or trained_m, len(pool))
     generator = torch.Generator(device).manual_seed(s.seed)
 

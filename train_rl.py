@@ -284,8 +284,8 @@ def main(s: Settings) -> None:
     model, model_id = matching.load_tuned(base, s.adapter, TEMPLATE, dtype, device)
     records = {split: read_records(data / f"{split}.jsonl") for split in ("rl", "val", "test")}
     if s.eval_only:  # the pool it was trained on (trap 11), unless --pool names another
-        matcher, stored_pool, s.m = matching.load(out, model_id)
-        pool = read_records(s.pool) if s.pool else stored_pool
+        matcher, pool, s.m = matching.load(out, model_id)
+        pool = read_records(s.pool) if s.pool else pool
     else:
         pool = read_records(s.pool or data / "pool.jsonl")
     seen_tasks = {r["task"] for r in read_records(data / "sft.jsonl")}
@@ -299,7 +299,7 @@ def main(s: Settings) -> None:
 
     def embed(queries: list[Record]) -> Tensor:  # (N, C)
         return matching.embed_records(model, tokenizer, queries)
-    pool_vectors = embed(pool)  # (P, C)
+    pool_vectors = matcher.pool if s.eval_only and not s.pool else embed(pool)  # (P, C)
 
     if not s.eval_only:
         # ---- the loop ------------------------------------------------------------------------------------
