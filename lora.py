@@ -12,7 +12,7 @@ quantisation and adaptation do not know of each other.
 Simplified: no dropout, no per-module ranks, no bias training; files are PEFT's, so either side reads the
 other's.
 
-Try: python -c "import model, lora; m = model.load('data/base'); lora.quantize(m); print(lora.memory(m))"
+Try: python -c "import model, lora; print(lora.quantize(model.load('data/base')).layers[0].self_attn)"
 """
 import json
 import math
@@ -30,6 +30,10 @@ from torch import Tensor, nn
 from model import open_tensors, read_json
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Not v and down: 28% of the blocks' weights, and two thirds of what rounding costs. Without them SmolLM2-135M
+# is 1.2e-3 nats a token (KL divergence) from fp32 instead of 3.9e-3, its perplexity -0.07% instead of -0.53%
+# (20,400 tokens; standard errors 0.04% and 0.07%).
+INT8_LINEAR = ("q_proj", "k_proj", "o_proj", "gate_proj", "up_proj")
 PEFT_PREFIX = "base_model.model.model."  # without it PEFT loads nothing and only warns (trap 7)
 
 
@@ -124,9 +128,9 @@ def replace_linears(model: nn.Module, names: Iterable[str], make) -> int:
 
 
 def quantize(model: nn.Module) -> nn.Module:
-    """All linears of the blocks to int8, in place, one at a time. Embedding, norms and head stay as they
-    are: the tied embedding is read by row on the way in, and as the head it decides every token."""
-    replace_linears(model, ALL_LINEAR, Int8Linear)
+    """INT8_LINEAR of all blocks to int8, in place, one at a time. Embedding, norms and head stay as they are:
+    the tied embedding is read by row on the way in, and as the head it decides every token."""
+    replace_linears(model, INT8_LINEAR, Int8Linear)
     return model
 
 
@@ -161,15 +165,6 @@ def unmerge(model: nn.Module) -> None:
         layer.merged = None
 
 
-def memory(model: nn.Module) -> str:
-    """One line for the start of a run: bytes held, and what is trained."""
-    tensors = [*model.parameters(), *model.buffers()]
-    held = sum(t.numel() * t.element_size() for t in tensors)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(t.numel() for t in tensors)
-    return f"{total / 1e6:.1f}M weights in {held / 1e6:.0f} MB, {trained / 1e6:.2f}M of them trained"
-
-
 # ---- files ------------------------------------------------------------------------------------------------
 
 @contextmanager
@@ -189,6 +184,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict | None =
     with replacing(path) as temporary:
         save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, temporary,
                   metadata={k: str(v) for k, v in (metadata or {}).items()})
+        temporary.chmod(0o644)  # safetensors writes it readable for its owner alone
 
 
 def save_json(content: dict, path: Path) -> None:
@@ -239,8 +235,8 @@ def save_adapter(model: nn.Module, folder: str | Path, base: str, base_id: str, 
                "lora_alpha": first.scaling * r, "target_modules": sorted({n.split(".")[-1] for n in layers}),
                "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True},
               folder / "adapter_config.json")
-    save_json({"base_id": base_id, "int8": isinstance(first.base, Int8Linear), "template": template},
-              folder / "nanopillow.json")
+    int8 = any(isinstance(module, Int8Linear) for module in model.modules())
+    save_json({"base_id": base_id, "int8": int8, "template": template}, folder / "nanopillow.json")
 
 
 def load_adapter(model: nn.Module, folder: str | Path, base_id: str, template: str) -> None:

@@ -324,33 +324,21 @@ def pick_device(device: str, dtype: str) -> tuple[str, torch.dtype]:
 
 # ---- generation ------------------------------------------------------------------------------------------
 
-def sample(logits: Tensor, temperature: float, top_k: int, top_p: float,
-           generator: torch.Generator | None) -> Tensor:
-    """Logits (B, V) -> ids (B). temperature 0 is argmax; top_k 0 and top_p 1 leave all tokens in."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits.float() / temperature
-    if 0 < top_k < logits.size(-1):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
-    probs = logits.softmax(-1)
-    if top_p < 1:  # the fewest tokens whose probabilities reach top_p; the most likely one always stays
-        ordered, index = probs.sort(descending=True)
-        ordered[:, 1:][(ordered.cumsum(-1) - ordered >= top_p)[:, 1:]] = 0
-        probs = torch.zeros_like(probs).scatter(-1, index, ordered)
-    return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
+def greedy(logits: Tensor) -> Tensor:  # (B, V) -> (B)
+    return logits.argmax(-1)
 
 
 @torch.no_grad()
 def generate(model: Transformer, prompts: Sequence[list[int]], max_new_tokens: int, eos: int,
              stop: Sequence[int] = (), prefixes: Sequence[Tensor | None] | None = None,
-             temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
-             generator: torch.Generator | None = None,
+             choose: Callable[[Tensor], Tensor] = greedy,
              on_token: Callable[[int, int], None] | None = None) -> list[list[int]]:
     """Continues each prompt until eos, the token sequence `stop`, or max_new_tokens; returns the new ids.
 
     prefixes: for each row, None or the (L, 2, G, P, D) of `prefill` for ids that stand before its prompt: a
-    prompt shared by many queries is computed once. on_token(row, id) is called as tokens come. Rows of any
-    length mix freely: each is padded on the left, and the result equals the row's alone.
+    prompt shared by many queries is computed once. choose: logits (B, V) -> ids (B), see sample.py's draw.
+    on_token(row, id) is called as tokens come. Rows of any length mix freely: each is padded on the left,
+    and the result equals the row's alone.
     """
     prefixes = prefixes or [None] * len(prompts)
     device = model.embed_tokens.weight.device
@@ -370,7 +358,7 @@ def generate(model: Transformer, prompts: Sequence[list[int]], max_new_tokens: i
     answers: list[list[int]] = [[] for _ in prompts]
     rows, done = list(range(len(prompts))), [False] * len(prompts)  # rows[i]: the prompt of cache row i
     for step in range(max_new_tokens):
-        next_ids = sample(model.head(hidden[:, -1]), temperature, top_k, top_p, generator)  # (B)
+        next_ids = choose(model.head(hidden[:, -1]))  # (B)
         for row, token in zip(rows, next_ids.tolist(), strict=True):
             if not done[row]:
                 answers[row].append(token)

@@ -54,6 +54,21 @@ def match(matcher: matching.Matcher, query: Tensor, pool: Tensor, m: int) -> lis
     return list(zip(picks[0].tolist(), steps.tolist(), strict=True))
 
 
+def draw(logits: Tensor, s: Settings, generator: torch.Generator | None) -> Tensor:
+    """Logits (B, V) -> ids (B), drawn from softmax(logits / temperature) of the tokens that are left in."""
+    if s.temperature == 0:
+        return llama.greedy(logits)
+    logits = logits.float() / s.temperature
+    if 0 < s.top_k < logits.size(-1):
+        logits = logits.masked_fill(logits < logits.topk(s.top_k).values[:, -1:], -torch.inf)
+    probs = logits.softmax(-1)  # (B, V)
+    if s.top_p < 1:  # the fewest tokens whose probabilities reach top_p; the most likely one always stays
+        ordered, index = probs.sort(descending=True)
+        ordered[ordered.cumsum(-1) - ordered >= s.top_p] = 0
+        probs = torch.zeros_like(probs).scatter(-1, index, ordered)
+    return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
+
+
 class Stream:
     """Prints an answer while it grows, holding back what may still become the template's next block."""
 
@@ -120,8 +135,8 @@ def main(s: Settings) -> None:
         # One generator for all answers: they differ among themselves, and --seed repeats the whole run.
         for _ in range(s.num_samples):
             stream = Stream(tokenizer)
-            llama.generate(model, [ids], s.max_new_tokens, tokenizer.eos, tokenizer.encode(NEXT_BLOCK), None,
-                           s.temperature, s.top_k, s.top_p, generator, on_token=stream)
+            llama.generate(model, [ids], s.max_new_tokens, tokenizer.eos, tokenizer.encode(NEXT_BLOCK),
+                           choose=lambda logits: draw(logits, s, generator), on_token=stream)
             stream.end()
 
     if s.prompt.strip():

@@ -194,7 +194,9 @@ def main(s: Settings) -> None:
         # steps after the last save are done again, so their lines go
         lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()[:start]
 
-    print(f"base {base} in {dtype}, {lora.memory(model)}, device {device}; "
+    held = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+    print(f"base {base} in {dtype} on {device}: weights of {held / 1e6:.0f} MB, "
+          f"{sum(p.numel() for p in trained) / 1e6:.2f} million of them trained; "
           f"{steps} steps of {s.batch_size} records")
     # Trap 2, by eye: the answer and EOS inside the marks, nothing else, in a sample as it is trained on.
     ids, n = epoch_steps(records, tokenizer, s, 0)[0][0]

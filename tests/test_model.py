@@ -5,6 +5,7 @@ batched generation against one by one; sampling against the softmax.
 """
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import model
-from model import Cache, Config, RMSNorm, Transformer, generate, load, prefill, rope_tables, rotate, sample
+from model import Cache, Config, RMSNorm, Transformer, generate, load, prefill, rope_tables, rotate
+from sample import Settings, draw
 
 LENGTH = 1500
 SHAPES = {  # model_type, and what is typical of the family's config.json
@@ -493,8 +495,8 @@ LOGITS = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5, -2.0, 1.5, -0.5])
 
 
 def draws(n=20_000, seed=0, **settings):
-    settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | settings
-    return sample(LOGITS.expand(n, -1), generator=torch.Generator().manual_seed(seed), **settings)
+    settings = Settings(**{"temperature": 1.0} | settings)
+    return draw(LOGITS.expand(n, -1), settings, torch.Generator().manual_seed(seed))
 
 
 def chi_square(counts, probs):
@@ -530,8 +532,8 @@ def test_greedy_limits(small):
     prompts = ragged()
     greedy = generate(small, prompts, 10, eos=-1)
     for settings in ({"top_k": 1}, {"top_p": 1e-6}):
-        settings |= {"temperature": 1.0, "generator": torch.Generator().manual_seed(0)}
-        assert generate(small, prompts, 10, eos=-1, **settings) == greedy
+        choose = partial(draw, s=Settings(temperature=1.0, **settings), generator=None)
+        assert generate(small, prompts, 10, eos=-1, choose=choose) == greedy
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.7])
@@ -553,16 +555,17 @@ def test_probabilities_equal_transformers(monkeypatch, temperature, top_k, top_p
         return probs.argmax(-1, keepdim=True)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "multinomial", spy)
-        sample(logits, temperature, top_k, top_p, None)
+        draw(logits, Settings(temperature=temperature, top_k=top_k, top_p=top_p), None)
     ours = seen[0] / seen[0].sum(-1, keepdim=True)  # multinomial normalises
     assert torch.equal(ours > 0, wanted > 0)
     torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-7)
 
 
 def test_same_generator_seed_same_text(small):
+    hot = Settings(temperature=1.0)
     def text(seed):
         generator = torch.Generator().manual_seed(seed)
-        return generate(small, ragged(), 10, eos=-1, temperature=1.0, generator=generator)
+        return generate(small, ragged(), 10, eos=-1, choose=lambda x: draw(x, hot, generator))
     torch.manual_seed(1)
     first = text(0)
     torch.manual_seed(2)  # the global seed has no say

@@ -128,15 +128,15 @@ def test_perplexity_equals_transformers(base_reference, text, ours):
 
 @torch.inference_mode()
 def test_int8_changes_perplexity_little(base, text, ours):
-    """The frozen base of the default run is int8: what that costs, measured on half of the same text."""
-    int8, text = lora.quantize(llama.load(base)), text[:len(text) // 2]
+    """The frozen base of the default run is int8: what that costs, measured on the same text."""
+    int8 = lora.quantize(llama.load(base))
     after = torch.cat([losses(int8.head(int8(ids)), ids) for ids in text.split(1)])
     before = ours[0][:len(after)]
     change = after - before  # the same tokens on both sides: its error is much smaller than a loss's own
     percent, error = 100 * change.mean().expm1(), 100 * change.std() / len(change) ** 0.5
     print(f"\nperplexity of {len(change)} tokens: fp32 {before.mean().exp():.4f}, int8 {percent:+.3f}% "
           f"(standard error {error:.3f}%)")
-    assert abs(percent) < 1
+    assert abs(percent) < 0.1
     assert change.abs().max() > 1e-3  # it was int8
 
 
