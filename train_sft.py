@@ -8,21 +8,26 @@ The loop is nanoGPT's: draw a step's records, sum the loss, step, log. What PILL
 samples is read with prompts in front (--shots), since that is how the model will be used. A LoRA that never
 saw prompts loses by them what matching could gain.
 
-Simplified: AdamW, cosine with warm-up, one process. Writes out/sft: the adapter in PEFT's format,
+Simplified: AdamW, cosine with warm-up. Of several processes (torchrun) each takes its share of a step's
+records; what they add up is what one process would have. Writes out/sft: the adapter in PEFT's format,
 log.jsonl (a line a step: loss, val_loss, lr, grad_norm, tokens, seconds), and the state for --resume.
 
     python train_sft.py
     python train_sft.py --full --out_dir out/full --lr 5e-5     # all weights, what LoRA is compared with
+    torchrun --nproc_per_node=4 train_sft.py                    # four GPUs, or four machines' processors
 """
 import json
 import math
+import os
 import random
 import signal
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -123,8 +128,19 @@ def main(s: Settings) -> None:
     if min(s.epochs, s.batch_size, s.micro_tokens, s.eval_every, s.r) < 1:
         raise ValueError("--epochs, --batch_size, --micro_tokens, --eval_every and --r must be 1 or more.")
 
+    # ---- processes: torchrun starts them, and says in these variables which one this is ------------------
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        if rank:
+            sys.stdout = open(os.devnull, "w")  # the first one speaks, fetches, logs and saves for all
+            dist.barrier()  # ... and the others wait here until data and base are on the disk
+
     # ---- data: records -> examples with masks ------------------------------------------------------------
     base, data = ensure_base(s.base), ensure_data(s.data)
+    if world > 1 and rank == 0:
+        dist.barrier()
     tokenizer = Tokenizer(base)
 
     def fitting(split: str) -> list[Record]:
@@ -167,6 +183,8 @@ def main(s: Settings) -> None:
 
     def save(step: int) -> None:
         """Weights for use, and weights + moments for --resume. All under temporary names, then renamed."""
+        if rank:
+            return
         if s.full:
             lora.save_model(model, out, base)
         else:
@@ -204,29 +222,38 @@ def main(s: Settings) -> None:
           f"{tokenizer.decode(ids[:-n])}>>>{tokenizer.decode(ids[-n:-1])}<EOS><<<\n")
 
     # ---- the loop ----------------------------------------------------------------------------------------
-    out.mkdir(parents=True, exist_ok=True)
-    with lora.replacing(out / "log.jsonl") as file:
-        file.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    log = open(out / "log.jsonl", "a", encoding="utf-8")
+    if rank == 0:
+        with lora.replacing(out / "log.jsonl") as file:
+            file.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    log = open(os.devnull if rank else out / "log.jsonl", "a", encoding="utf-8")
     last = json.loads(lines[-1]) if lines else {"tokens": 0, "seconds": 0.0}
     tokens, began = last["tokens"], time.time() - last["seconds"]
-    pressed = []  # Ctrl-C lets the step finish: half an update can be neither saved nor repeated
-    default = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    # Ctrl-C (torchrun: SIGTERM) lets the step finish: half an update can be neither saved nor repeated
+    pressed: list[bool] = []
+    handlers = {sig: signal.signal(sig, lambda *_: pressed.append(True))
+                for sig in (signal.SIGINT, signal.SIGTERM)}
     try:
         for step in range(start, steps):
             epoch, place = divmod(step, steps_per_epoch)
             if place == 0 or step == start:
                 order = epoch_steps(records, tokenizer, s, epoch)
-            batches = micro_batches(order[place], s.micro_tokens)
-            # Trap 3: divide by the answer tokens of ALL micro-batches; a mean of their means would weigh
-            # short answers more.
-            answer_tokens = sum((targets >= 0).sum().item() for _, targets in batches)
+            mine = order[place][rank::world]  # a short last step may leave a process without any
+            # Trap 3: divide by the answer tokens of ALL micro-batches (of all processes); a mean of their
+            # means would weigh short answers more.
+            answer_tokens = sum(n for _, n in order[place])
             loss = 0.0
-            for ids, targets in batches:
+            for ids, targets in micro_batches(mine, s.micro_tokens) if mine else []:
                 with autocast:
                     part = answer_loss(model, ids.to(device), targets.to(device)) / answer_tokens
                 part.backward()  # gradients add up over the micro-batches
                 loss += part.item()
+            if world > 1:  # sums over the processes: from here on all of them do the same
+                total = torch.tensor([loss, len(pressed)], device=device)
+                for p in trained:
+                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                for tensor in (total, *(p.grad for p in trained)):
+                    dist.all_reduce(tensor)
+                loss, pressed = total[0].item(), [True] * bool(total[1])
             # NaN stays NaN: better no step at all than one that spoils the adapter and the next save
             if not math.isfinite(loss):
                 raise ValueError(f"step {step + 1}: the loss is {loss}; lower --lr (last save: {out}).")
@@ -256,7 +283,8 @@ def main(s: Settings) -> None:
                 print(f"stopped after step {done}, saved in {out}; continue with --resume")
                 raise KeyboardInterrupt
     finally:
-        signal.signal(signal.SIGINT, default)
+        for sig, handler in handlers.items():
+            signal.signal(sig, handler)
     print(f"saved in {out}. next: python train_rl.py"
           + (f" --base {out} --adapter none --out_dir out/rl_full" if s.full else ""))
 

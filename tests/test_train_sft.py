@@ -3,9 +3,12 @@
     pytest tests/test_train_sft.py
 """
 import json
+import os
 import random
 import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -20,6 +23,8 @@ from data import prepare
 from data.instructions import TEMPLATE, collate, training_example
 from data.tokenizer import Tokenizer
 from train_sft import Settings, answer_loss, epoch_steps, micro_batches, pick_exemplars
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -340,6 +345,33 @@ def test_three_steps_equal_transformers_and_peft(run, base, tmp_path):
     assert ours.keys() == wanted.keys() and len(lines) == 3
     for name in ours:
         torch.testing.assert_close(ours[name], wanted[name], rtol=1e-2, atol=2e-4)
+
+
+def test_two_processes_are_one(run, base, tmp_path):
+    """torchrun with two processes: each takes half of a step's records, and the losses and the adapter are
+    those of one process, but for the order in which the sums are made."""
+    one = run("one", max_steps=6)
+    script = tmp_path / "run.py"  # train_sft.py, with its data folder here instead of in data/
+    script.write_text(f"import sys, pathlib\nsys.path.insert(0, {str(ROOT)!r})\nimport train_sft\n"
+                      f"from data import prepare\nprepare.DATA = pathlib.Path({str(tmp_path / 'data')!r})\n"
+                      "prepare.cli(train_sft.Settings, train_sft.main)\n")
+    flags = {"base": base, "data": tmp_path / "mine.jsonl", "out_dir": tmp_path / "two", "r": 4, "shots": 2,
+             "batch_size": 4, "lr": 1e-2, "eval_every": 5, "max_steps": 6, "device": "cpu", "dtype": "float32"}
+    ended = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--",
+         str(script), *(f"--{k}={v}" for k, v in flags.items())],
+        capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("step 6/6") == 1  # the first process speaks for both
+    two = tmp_path / "two"
+    assert {f.name for f in two.iterdir()} == {f.name for f in one.iterdir()}
+    for a, b in zip(log(one), log(two), strict=True):
+        assert (a["step"], a["tokens"], a["lr"]) == (b["step"], b["tokens"], b["lr"])
+        assert a["loss"] == pytest.approx(b["loss"], abs=2e-3)
+        assert a.get("val_loss") == pytest.approx(b.get("val_loss"), abs=2e-3)
+    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (one, two))
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-2, atol=2e-3)
 
 
 @pytest.mark.parametrize(
