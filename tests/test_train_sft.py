@@ -356,7 +356,8 @@ def test_two_processes_are_one(run, base, tmp_path):
                       f"from data import prepare\nprepare.DATA = pathlib.Path({str(tmp_path / 'data')!r})\n"
                       "prepare.cli(train_sft.Settings, train_sft.main)\n")
     flags = {"base": base, "data": tmp_path / "mine.jsonl", "out_dir": tmp_path / "two", "r": 4, "shots": 2,
-             "batch_size": 4, "lr": 1e-2, "eval_every": 5, "max_steps": 6, "device": "cpu", "dtype": "float32"}
+             "batch_size": 4, "lr": 1e-2, "eval_every": 5, "max_steps": 6, "device": "cpu",
+             "dtype": "float32"}
     ended = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--",
          str(script), *(f"--{k}={v}" for k, v in flags.items())],
