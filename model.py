@@ -210,7 +210,8 @@ class Transformer(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # from_pretrained draws no random numbers; on meta that would import half of PyTorch's compiler (1 s)
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
@@ -278,12 +279,14 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "
     wanted, state = model.state_dict(), {}
     for path in weight_files(folder):
         with open_tensors(path) as file:
-            for name in file.keys():
-                key = name.removeprefix("model.")
-                if key == "lm_head.weight" and config.tie_word_embeddings or key.endswith("inv_freq"):
-                    continue  # some files carry a tied head's second copy, old ones the rope table
-                if key not in wanted or key in state:
-                    raise ValueError(f"{path}: unexpected tensor '{name}', not in config.json's model.")
+            names = list(file.keys())
+        for name in names:
+            key = name.removeprefix("model.")
+            if key == "lm_head.weight" and config.tie_word_embeddings or key.endswith("inv_freq"):
+                continue  # some files carry a tied head's second copy, old ones the rope table
+            if key not in wanted or key in state:
+                raise ValueError(f"{path}: unexpected tensor '{name}', not in config.json's model.")
+            with open_tensors(path) as file:  # anew for each: what was read of a mapped file stays in memory
                 tensor = file.get_tensor(name)
                 if tensor.shape != wanted[key].shape or not tensor.is_floating_point():
                     raise ValueError(f"{path}: tensor '{name}' is {tensor.dtype} {list(tensor.shape)}, "

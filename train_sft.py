@@ -229,7 +229,7 @@ def main(s: Settings) -> None:
     last = json.loads(lines[-1]) if lines else {"tokens": 0, "seconds": 0.0}
     tokens, began = last["tokens"], time.time() - last["seconds"]
     # Ctrl-C (torchrun: SIGTERM) lets the step finish: half an update can be neither saved nor repeated
-    pressed: list[bool] = []
+    pressed = []
     handlers = {sig: signal.signal(sig, lambda *_: pressed.append(True))
                 for sig in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -247,13 +247,14 @@ def main(s: Settings) -> None:
                     part = answer_loss(model, ids.to(device), targets.to(device)) / answer_tokens
                 part.backward()  # gradients add up over the micro-batches
                 loss += part.item()
+            stop = bool(pressed)  # looked at once: pressed any later it counts for the next step
             if world > 1:  # sums over the processes: from here on all of them do the same
-                total = torch.tensor([loss, len(pressed)], device=device)
+                total = torch.tensor([loss, stop], device=device)
                 for p in trained:
                     p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                 for tensor in (total, *(p.grad for p in trained)):
                     dist.all_reduce(tensor)
-                loss, pressed = total[0].item(), [True] * bool(total[1])
+                loss, stop = total[0].item(), total[1].item() > 0
             # NaN stays NaN: better no step at all than one that spoils the adapter and the next save
             if not math.isfinite(loss):
                 raise ValueError(f"step {step + 1}: the loss is {loss}; lower --lr (last save: {out}).")
@@ -274,12 +275,12 @@ def main(s: Settings) -> None:
                 line["val_loss"] = round(total / sum((t >= 0).sum().item() for _, t in val_batches), 4)
             log.write(json.dumps(line) + "\n")
             log.flush()
-            if "val_loss" in line or pressed:
+            if "val_loss" in line or stop:
                 save(done)
             print(f"step {done}/{steps}  loss {loss:.3f} (nats a token)  lr {line['lr']:.1e}  "
                   f"{tokens / max(line['seconds'], 0.01):.0f} tokens/s  {line['seconds'] / 60:.1f} min"
                   + (f"  val loss {line['val_loss']:.3f}, saved" if "val_loss" in line else ""), flush=True)
-            if pressed:
+            if stop:
                 print(f"stopped after step {done}, saved in {out}; continue with --resume")
                 raise KeyboardInterrupt
     finally:
