@@ -143,18 +143,20 @@ def main(s: Settings) -> None:
         dist.barrier()
     tokenizer = Tokenizer(base)
 
-    def fitting(split: str) -> list[Record]:
-        """The split's records that fit; a cut answer would lose its EOS, so the others are left out."""
+    def fitting(split: str) -> list[tuple[Record, tuple[list[int], int]]]:
+        """The split's records that fit, each with its example (ids, n) without prompts in front; a cut answer
+        would lose its EOS, so the others are left out."""
         records = read_records(data / f"{split}.jsonl")
-        kept = [r for r in records if training_example(tokenizer, r, [], s.max_length)]
+        examples = [(r, training_example(tokenizer, r, [], s.max_length)) for r in records]
+        kept = [(record, example) for record, example in examples if example]
         if not kept:
             raise ValueError(f"{data}/{split}.jsonl: no record fits in --max_length; raise it.")
         print(f"{split}: {len(kept)} records ({len(records) - len(kept)} longer than {s.max_length} tokens)")
         return kept
 
-    records, val_records = fitting("sft"), fitting("val")
+    records = [record for record, _ in fitting("sft")]
     # Validation is without prompts in front: the plainest number, the same whatever --shots is.
-    val = [training_example(tokenizer, r, [], s.max_length) for r in val_records]
+    val = [example for _, example in fitting("val")]
     val_batches = [batch for rows in length_sorted_batches([len(ids) for ids, _ in val], s.batch_size)
                    for batch in micro_batches([val[i] for i in rows], s.micro_tokens)]
     # Steps are counted, not read off an iterator: a resumed run knows its epoch and place from a number.
@@ -180,6 +182,14 @@ def main(s: Settings) -> None:
     optimizer = torch.optim.AdamW(trained, lr=s.lr, betas=(0.9, 0.95), weight_decay=s.weight_decay)
     names = {p: name for name, p in model.named_parameters()}
     base_id = "" if s.full else llama.fingerprint(base)  # reads the whole base: once, not at every save
+
+    def add_up(*numbers: float) -> list[float]:
+        """Each number's sum over the processes."""
+        if world == 1:
+            return list(numbers)
+        total = torch.tensor(numbers, dtype=torch.float32, device=device)
+        dist.all_reduce(total)
+        return total.tolist()
 
     def save(step: int) -> None:
         """Weights for use, and weights + moments for --resume. All under temporary names, then renamed."""
@@ -247,14 +257,12 @@ def main(s: Settings) -> None:
                     part = answer_loss(model, ids.to(device), targets.to(device)) / answer_tokens
                 part.backward()  # gradients add up over the micro-batches
                 loss += part.item()
-            stop = bool(pressed)  # looked at once: pressed any later it counts for the next step
-            if world > 1:  # sums over the processes: from here on all of them do the same
-                total = torch.tensor([loss, stop], device=device)
+            # pressed is looked at once: any later it counts for the next step, in all processes alike
+            loss, stop = add_up(loss, float(bool(pressed)))
+            if world > 1:
                 for p in trained:
                     p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                for tensor in (total, *(p.grad for p in trained)):
-                    dist.all_reduce(tensor)
-                loss, stop = total[0].item(), total[1].item() > 0
+                    dist.all_reduce(p.grad)
             # NaN stays NaN: better no step at all than one that spoils the adapter and the next save
             if not math.isfinite(loss):
                 raise ValueError(f"step {step + 1}: the loss is {loss}; lower --lr (last save: {out}).")
@@ -271,8 +279,9 @@ def main(s: Settings) -> None:
                     "grad_norm": round(norm, 3), "tokens": tokens, "seconds": round(time.time() - began, 2)}
             if done % s.eval_every == 0 or done == steps:
                 with torch.no_grad(), autocast:
-                    total = sum(answer_loss(model, i.to(device), t.to(device)).item() for i, t in val_batches)
-                line["val_loss"] = round(total / sum((t >= 0).sum().item() for _, t in val_batches), 4)
+                    part = sum(answer_loss(model, ids.to(device), targets.to(device)).item()
+                               for ids, targets in val_batches[rank::world])
+                line["val_loss"] = round(add_up(part)[0] / sum(n for _, n in val), 4)
             log.write(json.dumps(line) + "\n")
             log.flush()
             if "val_loss" in line or stop:
