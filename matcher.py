@@ -107,8 +107,8 @@ class Matcher(nn.Module):
         width = pool.size(1)
         self.register_buffer("pool", pool)
         # Hidden states of an LLM share a large common part; without this all cosines are near 1.
-        self.register_buffer("mean", pool.mean(0))
-        self.register_buffer("deviation", pool.std(0, unbiased=False).clamp(min=1e-3))
+        self.register_buffer("mean", pool.mean(0), persistent=False)  # both follow from the stored pool
+        self.register_buffer("deviation", pool.std(0, unbiased=False).clamp(min=1e-3), persistent=False)
         self.prompt_tower = Tower(width, width, hidden, generator)
         self.state_tower = Tower(2 * width, width, hidden, generator)
         self.scale = scale  # softmax over cosine * 20: a flat start samples bad prompts and loses ground
