@@ -214,9 +214,9 @@ def save_model(model: nn.Module, folder: str | Path, base: str | Path) -> None:
             tensors[key] = layer.dense().to(model.norm.weight.dtype)
     save_tensors({n if n.startswith("lm_head") else f"model.{n}": t for n, t in tensors.items()},
                  folder / "model.safetensors", {"format": "pt"})
-    for file in Path(base).glob("*.json"):  # config and tokenizer
-        if file.name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json"):
-            shutil.copyfile(file, folder / file.name)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json"):
+        if Path(base, name).exists():
+            shutil.copyfile(Path(base, name), folder / name)
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -32,9 +32,12 @@ def read_json(file: Path) -> dict:
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing; is {file.parent} the right folder?")
     try:
-        return dict(**json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file}: not a JSON object ({error}); make or fetch it again.") from None
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON ({error}); make or fetch it again.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: a JSON object is expected, this is a {type(content).__name__}.")
+    return content
 
 
 @contextmanager

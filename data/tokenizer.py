@@ -123,7 +123,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text` alone: no bos, no eos, and nothing in it is read as a control token."""
-        # half a surrogate pair (JSON escapes can bring one) is no character: U+FFFD
+        # half a surrogate pair (a shell can bring one; records that have one are refused) becomes U+FFFD
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         text = unicodedata.normalize("NFC", text) if self.nfc else text
         return [i for i in map(self.ids.__getitem__, self.bpe.encode_ordinary(text)) if i >= 0]

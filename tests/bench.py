@@ -353,9 +353,6 @@ def rollouts(b: Bench) -> None:
         answers["ours"] = [entry["answer"] for entry in entries]
     ways, count, peers = {"ours": ours}, {"ours": len(jobs)}, {"": ("", "")}
     if b.have("transformers"):
-        for layer in lora.lora_layers(model).values():
-            if layer.merged is None:
-                layer.merge(b.dtype)
         lora.save_model(model, b.scratch / "merged", b.base)
         peer = b.peer(b.scratch / "merged")
         prompts = [text.exemplar_ids(b.tokenizer, [pool[j] for j in picks])
