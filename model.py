@@ -104,19 +104,54 @@ class Config:
 
 # ---- the network -----------------------------------------------------------------------------------------
 
+# RMSNorm and SwiGLU have their backward written out: what plain autograd keeps of them until backward (fp32
+# copies, silu's output) would be a third of a training run's activations.
+
+class Normalise(torch.autograd.Function):
+    """w x / rms(x). The mean of squares overflows or loses digits in half precision, hence fp32."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # (.., C) -> (.., C)
+        r = (x.float().square().mean(-1, keepdim=True) + eps).rsqrt()  # (.., 1) fp32
+        ctx.save_for_backward(x, weight, r)
+        return (x * r).to(x.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        x, weight, r = ctx.saved_tensors
+        y = x * r  # (.., C) fp32: the normalised x; its part along itself is what r takes out of the gradient
+        grad_weight = (grad * y).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        grad = grad * weight.float()
+        return (grad - y * (grad * y).mean(-1, keepdim=True)).mul_(r).to(x.dtype), grad_weight, None
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, where silu(x) = x sigmoid(x)."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
 class RMSNorm(nn.Module):
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
-    def forward(self, x: Tensor) -> Tensor:  # (..., C) -> (..., C)
-        y = x.float()  # the mean of squares overflows or loses digits in half precision
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return Normalise.apply(x, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def rope_tables(config: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin (B, 1, T, D), float32: with each position, dimension i turns by theta^(-2i/D)."""
+    """cos and signed sin (B, 1, T, D), fp32: a position on, dimension i has turned by theta^(-2i/D) more."""
     dims = torch.arange(0, config.head_dim, 2, device=positions.device).float()
     freqs = 1 / config.rope_theta ** (dims / config.head_dim)  # (D/2); rounded as in transformers
     if config.rope_scaling:  # Llama 3.1: slow dimensions stretch by `factor`, fast ones stay
@@ -126,15 +161,14 @@ def rope_tables(config: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         freqs = keep * freqs + (1 - keep) * freqs / s["factor"]
     angles = (positions[..., None].float() * freqs).unsqueeze(1)  # (B, 1, T, D/2)
-    angles = torch.cat((angles, angles), dim=-1)  # (B, 1, T, D): halves, not pairs; see rotate
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)  # halves, not pairs; see rotate
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position: dimension i turns with i + D/2, as Hugging Face lays weights out. Trap 1: Meta's files
-    pair 2i with 2i + 1, and with the wrong pairs the first token still looks right."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    """Rotary position: dimensions i and i + D/2 turn together, as Hugging Face lays weights out. Trap 1: in
+    Meta's files 2i and 2i + 1 do, and with the wrong pairs the first token still looks right."""
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)  # roll swaps the halves
 
 
 class Attention(nn.Module):
@@ -149,7 +183,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None,
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor,
                 cached: Tensor | None) -> Tensor:
         """cached: None, or this layer's (2, B, G, S, D), whose last T columns are written here."""
         B, T, _ = x.shape
@@ -157,17 +191,16 @@ class Attention(nn.Module):
         k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, G, T, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, G, T, D)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cached is not None:
+        q = q.reshape(B, k.size(1), -1, self.head_dim)  # (B, G, H/G T, D): heads that share keys are its rows
+        if cached is None:  # written out: training takes 40% of the time of the fused kernel and its backward
+            weights = ((q * self.head_dim**-0.5) @ k.transpose(2, 3) + mask).softmax(-1)  # (B, G, H/G T, S)
+            y = weights @ v
+        else:
             cached[0, :, :, -T:], cached[1, :, :, -T:] = k, v
             k, v = cached  # (B, G, S, D): all columns so far
-            # Heads that share keys become rows of one head, (B, G, H/G T, D): a quarter of enable_gqa's time
-            q = q.reshape(B, k.size(1), -1, self.head_dim)
-        elif x.device.type == "cpu":  # the CPU kernel's backward is far slower in bf16: these casts take
-            q, k, v = q.float(), k.float(), v.float()  # training from 410 to 485 tokens/s
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=cached is None,
-                                           enable_gqa=q.size(1) != k.size(1))
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, G, H/G T, D)
         y = y.reshape(B, -1, T, self.head_dim).transpose(1, 2)  # (B, T, H, D)
-        return self.o_proj(y.reshape(B, T, -1).to(x.dtype))  # (B, T, C)
+        return self.o_proj(y.reshape(B, T, -1))  # (B, T, C)
 
 
 class MLP(nn.Module):
@@ -178,7 +211,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # SwiGLU
+        return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -217,8 +250,8 @@ class Transformer(nn.Module):
         self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        tied = config.tie_word_embeddings  # then the embedding is the head as well
+        self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, ids: Tensor, cache: Cache | None = None, real: Tensor | None = None) -> Tensor:
         """ids (B, T) -> hidden states (B, T, C), after the last norm.
@@ -226,9 +259,11 @@ class Transformer(nn.Module):
         Without a cache: plain causal attention, rows padded at the right if at all.
         With one: the T new columns are appended; real (B, T) says which are not padding (default: all).
         """
-        T, cached, mask = ids.size(1), [None] * len(self.layers), None
+        T, cached = ids.size(1), [None] * len(self.layers)
+        new = torch.arange(T, device=ids.device)  # (T)
         if cache is None:
-            positions = torch.arange(T, device=ids.device)[None]  # (1, T)
+            positions = new[None]  # (1, T)
+            visible = new <= new[:, None]  # (T, S)
         else:
             start, cache.end = cache.end, cache.end + T
             cache.real[:, start:cache.end] = True if real is None else real
@@ -236,13 +271,14 @@ class Transformer(nn.Module):
             # A row's position counts its own real columns: with positions shared by the batch, every
             # shorter row would be silently mispredicted (trap 4).
             positions = (seen.cumsum(1) - 1)[:, start:].clamp(min=0)  # (B, T)
-            columns = torch.arange(cache.end, device=ids.device)  # (S)
-            new = columns[start:, None]  # (T, 1)
+            columns, new = torch.arange(cache.end, device=ids.device), new[:, None] + start  # (S), (T, 1)
             # Each column sees the real ones up to itself; a padded one sees itself too, or softmax gives NaN.
-            mask = (seen[:, None] & (columns <= new) | (columns == new))[:, None]  # (B, 1, T, S)
-            mask = mask.repeat(1, 1, self.config.num_attention_heads // self.config.num_key_value_heads, 1)
+            visible = (seen[:, None] & (columns <= new) | (columns == new))[:, None]  # (B, 1, T, S)
             cached = cache.kv[..., :cache.end, :]  # (L, 2, B, G, S, D)
-        cos, sin = (table.to(self.norm.weight.dtype) for table in rope_tables(self.config, positions))
+        dtype, c = self.norm.weight.dtype, self.config
+        mask = torch.zeros(visible.shape, dtype=dtype, device=ids.device).masked_fill(~visible, -torch.inf)
+        mask = torch.cat([mask] * (c.num_attention_heads // c.num_key_value_heads), dim=-2)  # (.., H/G T, S)
+        cos, sin = (table.to(dtype) for table in rope_tables(self.config, positions))
         x = self.embed_tokens(ids)  # (B, T, C)
         for layer, kv in zip(self.layers, cached, strict=True):
             x = layer(x, cos, sin, mask, kv)
@@ -251,9 +287,7 @@ class Transformer(nn.Module):
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., C) -> logits (..., V). Apart from forward: V = 49,152 columns for a width of
         576 are a quarter of a token's cost, so callers ask only where they need them."""
-        if self.config.tie_word_embeddings:
-            return F.linear(hidden, self.embed_tokens.weight)
-        return self.lm_head(hidden)
+        return F.linear(hidden, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(hidden)
 
 
 # ---- weights ---------------------------------------------------------------------------------------------
@@ -382,8 +416,14 @@ def generate(model: Transformer, prompts: Sequence[list[int]], max_new_tokens: i
 
 
 @torch.no_grad()
-def prefill(model: Transformer, ids: list[int]) -> Tensor:
-    """Keys and values (L, 2, G, P, D) of a text that will stand before many others."""
-    cache = Cache(model.config, 1, len(ids), model.embed_tokens.weight)
-    model(torch.tensor([ids], device=model.embed_tokens.weight.device), cache)
-    return cache.kv[:, :, 0]
+def prefill(model: Transformer, texts: Sequence[list[int]]) -> list[Tensor]:
+    """Keys and values (L, 2, G, P, D) of each text, P its tokens; it will stand before many others."""
+    device = model.embed_tokens.weight.device
+    width = max(map(len, texts))
+    cache = Cache(model.config, len(texts), width, model.embed_tokens.weight)
+    ids = torch.zeros(len(texts), width, dtype=torch.long)  # (B, T), padded at the right
+    real = torch.zeros(len(texts), width, dtype=torch.bool)  # (B, T)
+    for row, text in enumerate(texts):
+        ids[row, :len(text)], real[row, :len(text)] = torch.tensor(text), True
+    model(ids.to(device), cache, real.to(device))
+    return [cache.kv[:, :, row, :, :len(text)].clone() for row, text in enumerate(texts)]

@@ -109,6 +109,8 @@ class Environment:
         outputs = json.dumps([p["output"] for p in pool])  # the semantic score is standardised by them
         self.identity = [identity, hashlib.sha256(outputs.encode()).hexdigest()]
         self.stop = tokenizer.encode(NEXT_BLOCK)
+        blocks = [len(exemplar_ids(tokenizer, [p])) for p in pool]
+        self.groups = length_sorted_batches(blocks, 8)  # of the pool, prefilled together
         self.prefixes: dict[int, Tensor] = {}  # pool index -> keys and values of that prompt's block
         self.vectors: dict[str, Tensor] = {}  # text -> embedding, for the semantic score
         references = matching.embed(model, [tokenizer.encode(p["output"]) for p in pool])
@@ -139,33 +141,38 @@ class Environment:
         keys = [self.key(q, p) for q, p in zip(queries, picks, strict=True)]
         todo = {k: (q, tuple(p)) for k, q, p in zip(keys, queries, picks, strict=True) if k not in self.known}
         self.asked, self.computed = self.asked + len(keys), self.computed + len(todo)
-        jobs = list(todo.items())
-        lengths = [len(self.tokenizer.encode(query_text(q))) for _, (q, _) in jobs]
-        for batch in length_sorted_batches(lengths, self.s.rollout_batch):
+        jobs = [(key, query, picks, self.prompt(query, picks)) for key, (query, picks) in todo.items()]
+        for batch in length_sorted_batches([len(prompt) for *_, prompt in jobs], self.s.rollout_batch):
             self.compute([jobs[i] for i in batch])
         return [self.known[k] for k in keys]
 
-    def compute(self, jobs: list[tuple[str, tuple[Record, tuple[int, ...]]]]) -> None:
-        """Answers one batch and appends its scores to the cache file. The first pick's keys and values are
-        computed once for all queries (its block comes first, so nothing before it differs): half of a
-        rollout's work."""
-        prompts, prefixes = [], []
-        for _, (query, picks) in jobs:
-            if picks and picks[0] not in self.prefixes:
-                if len(self.prefixes) >= 1000:  # 1.4 MB each for 60 tokens of the default model
-                    self.prefixes.pop(next(iter(self.prefixes)))
-                self.prefixes[picks[0]] = llama.prefill(self.model,
-                                                        exemplar_ids(self.tokenizer, [self.pool[picks[0]]]))
-            prefixes.append(self.prefixes[picks[0]] if picks else None)
-            rest = exemplar_ids(self.tokenizer, [self.pool[j] for j in picks[1:]])
-            prompts.append(rest[len(self.tokenizer.bos) if picks else 0:]
-                           + self.tokenizer.encode(query_text(query)))
+    def prompt(self, query: Record, picks: Sequence[int]) -> list[int]:
+        """What the LLM reads after the first pick's block."""
+        rest = exemplar_ids(self.tokenizer, [self.pool[j] for j in picks[1:]])
+        return rest[len(self.tokenizer.bos) if picks else 0:] + self.tokenizer.encode(query_text(query))
+
+    def prefill(self, firsts: set[int]) -> None:
+        """Keys and values of prompts that come first: nothing stands before them, so they are computed once
+        for all queries. With one prompt a query that is two thirds of a rollout's work. They come in fixed
+        groups of the pool, so that no bit of them depends on what else is asked for."""
+        over = max(0, len(self.prefixes) + len(firsts) - 1000)  # 1.4 MB each for 60 tokens of a 135M model
+        for j in list(self.prefixes)[:over]:
+            del self.prefixes[j]
+        for group in self.groups:
+            if firsts & set(group) - set(self.prefixes):
+                blocks = [exemplar_ids(self.tokenizer, [self.pool[j]]) for j in group]
+                self.prefixes.update(zip(group, llama.prefill(self.model, blocks), strict=True))
+
+    def compute(self, jobs: list[tuple[str, Record, tuple[int, ...], list[int]]]) -> None:
+        """Answers one batch and appends its scores to the cache file."""
+        self.prefill({picks[0] for _, _, picks, _ in jobs if picks})
+        prompts = [prompt for *_, prompt in jobs]
+        prefixes = [self.prefixes[picks[0]] if picks else None for _, _, picks, _ in jobs]
         answers = llama.generate(self.model, prompts, self.s.max_new_tokens, self.tokenizer.eos, self.stop,
                                  prefixes)
         texts = [clean_answer(self.tokenizer, ids) for ids in answers]
-        semantic = self.similarity(texts, [q["output"] for _, (q, _) in jobs])
-        for (key, (query, _)), text, sem, prompt, prefix in zip(jobs, texts, semantic, prompts, prefixes,
-                                                                strict=True):
+        semantic = self.similarity(texts, [query["output"] for _, query, _, _ in jobs])
+        for (key, query, _, prompt), text, sem, prefix in zip(jobs, texts, semantic, prefixes, strict=True):
             spent = len(prompt) + (0 if prefix is None else prefix.size(3))
             self.known[key] = {"key": key, "answer": text, "rouge": round(rouge_l(text, query["output"]), 6),
                                "semantic": round(sem, 6), "exact": text == query["output"].strip(),

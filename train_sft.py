@@ -56,7 +56,7 @@ class Settings:
     # optimisation
     epochs: int = opt(2, "passes over the records; a third one overfits 1,000 records")
     batch_size: int = opt(16, "records in a step, of near-equal length")
-    micro_tokens: int = opt(1024, "tokens of a micro-batch: fewer take less memory and more time")
+    micro_tokens: int = opt(384, "tokens of a micro-batch: fewer take less memory and more time")
     lr: float = opt(1e-3, "peak learning rate; LoRA takes ten times that of full fine-tuning")
     warmup: float = opt(0.05, "share of the steps with a rising learning rate; then a cosine to a tenth")
     weight_decay: float = opt(0.0, "AdamW's decay; LoRA's low rank is regulariser enough")
@@ -96,13 +96,16 @@ def epoch_steps(records: list[Record], tokenizer: Tokenizer, s: Settings, epoch:
 
 
 def micro_batches(examples: list, tokens: int) -> list[tuple[Tensor, Tensor]]:
-    """Examples of one step -> (ids, targets) pieces of at most `tokens` tokens, or of one example.
+    """Examples of one step -> (ids, targets) pieces of at most `tokens` tokens, padding included, or of one.
 
     What autograd keeps until backward grows with the tokens of a piece, so this bounds the memory of a run.
     """
-    rows = max(1, tokens // max(len(ids) for ids, _ in examples))
-    rows = math.ceil(len(examples) / math.ceil(len(examples) / rows))  # 16 in pieces of 14: 8 + 8, not 14 + 2
-    return [collate(examples[i:i + rows]) for i in range(0, len(examples), rows)]
+    pieces = []
+    for example in sorted(examples, key=lambda e: -len(e[0])):  # the first of a piece is its longest
+        if not pieces or (len(pieces[-1]) + 1) * len(pieces[-1][0][0]) > tokens:
+            pieces.append([])
+        pieces[-1].append(example)
+    return [collate(piece) for piece in pieces]
 
 
 def answer_loss(model: llama.Transformer, ids: Tensor, targets: Tensor) -> Tensor:

@@ -145,9 +145,9 @@ class Bench:
         lora.save_adapter(model, folder, str(self.base), llama.fingerprint(self.base), text.TEMPLATE)
         return str(folder)
 
-    def tuned(self) -> llama.Transformer:
-        """The model as sample.py and train_rl.py load it."""
-        return matching.load_tuned(self.base, self.adapter, text.TEMPLATE, self.dtype, self.device)[0]
+    def tuned(self, int8: bool = False) -> llama.Transformer:
+        """The model as train_rl.py loads it, or (int8) as sample.py does."""
+        return matching.load_tuned(self.base, self.adapter, text.TEMPLATE, self.dtype, self.device, int8)[0]
 
     def peer(self, folder: Path):
         """The model in `folder`, by transformers."""
@@ -283,7 +283,8 @@ def decode(b: Bench) -> None:
     prompt, n = b.tokenizer.encode(text.query_text(b.draw("val", 1)[0])), 64
     bare, unmerged = (lora.quantize(llama.load(b.base, b.dtype, b.device)) for _ in range(2))
     lora.load_adapter(unmerged, b.adapter, llama.fingerprint(b.base), text.TEMPLATE)
-    ours = {"int8 base alone": bare, "int8 base + LoRA, not merged": unmerged, "as in sample.py": b.tuned()}
+    ours = {"int8 base alone": bare, "int8 base + LoRA, not merged": unmerged,
+            "as in sample.py": b.tuned(int8=True)}
     # no id is -1: the answers never end
     ways = {name: lambda m=m: llama.generate(m, [prompt], n, eos=-1)[0] for name, m in ours.items()}
     peers = {}
@@ -419,7 +420,7 @@ def matcher(b: Bench) -> None:
             return [sample.match(policy, query[None], vectors, m) for query in embedded]
         prompts = [text.answering_prompt(b.tokenizer, q, [pool[j] for j, _ in picks], 8000)[0]
                    for q, picks in zip(queries, pick(), strict=True)]
-        ways = {"policy": pick, "llm": lambda p=prompts: [llama.prefill(model, ids) for ids in p],
+        ways = {"policy": pick, "llm": lambda p=prompts: [llama.prefill(model, [ids]) for ids in p],
                 "embed": lambda: [matching.embed_records(model, b.tokenizer, [q]) for q in queries]}
         ms = {name: 1000 * t / len(queries) for name, t in alternate(ways, b.s.repeats).items()}
         work = f"matcher before an answer, m = {m}, pool of {len(pool)}"

@@ -373,7 +373,7 @@ def generated(reference, prompts, steps, **settings):
 def test_positions_shared_by_the_batch_would_be_noticed(small, monkeypatch):
     """Trap 4 made on purpose: with the columns as positions, its padding parts a prompt from its prefix.
     (Padding before everything shifts a row as a whole, which rotary positions do not see.)"""
-    prompts, prefix = ragged(), prefill(small, random_ids(1, 11, seed=50)[0].tolist())
+    prompts, [prefix] = ragged(), prefill(small, [random_ids(1, 11, seed=50)[0].tolist()])
     right = generate(small, prompts, 15, eos=-1, prefixes=[prefix] * len(prompts))
 
     def shared(config, positions):  # the longest row has no padding: its positions are the columns
@@ -440,7 +440,8 @@ def test_prefix_reuse_changes_nothing(small, shared):
     prompts = ragged()
     one, other = random_ids(1, shared, seed=50)[0].tolist(), random_ids(1, 11, seed=51)[0].tolist()
     texts = [[one, other, []][i % 3] for i in range(len(prompts))]
-    prefixes = [prefill(small, t) if t else None for t in texts]
+    made = iter(prefill(small, [t for t in texts if t]))  # together, padded: as if alone
+    prefixes = [next(made) if t else None for t in texts]
     joined = [t + p for t, p in zip(texts, prompts, strict=True)]
     assert generate(small, prompts, 12, eos=-1, prefixes=prefixes) == generate(small, joined, 12, eos=-1)
     assert generate(small, prompts, 12, eos=-1) != generate(small, joined, 12, eos=-1)
@@ -450,7 +451,7 @@ def test_base_prefix_reuse(base_model, base_tokenizer):
     encode, eos = base_tokenizer.encode, base_tokenizer.eos
     exemplar = encode("### Instruction:\nName a fruit.\n\n### Response:\nplum\n\n")
     queries = [encode(f"### Instruction:\nName {x}.\n\n### Response:\n") for x in ("a colour", "a big river")]
-    answers = generate(base_model, queries, 5, eos, prefixes=[prefill(base_model, exemplar)] * 2)
+    answers = generate(base_model, queries, 5, eos, prefixes=prefill(base_model, [exemplar]) * 2)
     assert answers == generate(base_model, [exemplar + q for q in queries], 5, eos)
 
 
