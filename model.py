@@ -12,7 +12,6 @@ width, V vocabulary, L layers.
 Try: python -c "import model; print(model.load('data/base').config)"
 """
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,20 +23,10 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from data.tokenizer import check_fields, read_json
+
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # values of config.json's model_type
-
-
-def read_json(file: Path) -> dict:
-    """A JSON object; FileNotFoundError or ValueError in one sentence."""
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing; is {file.parent} the right folder?")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON ({error}); make or fetch it again.") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: a JSON object is expected, this is a {type(content).__name__}.")
-    return content
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # not fp8: its scales lie elsewhere
 
 
 @contextmanager
@@ -74,10 +63,11 @@ class Config:
     def read(cls, folder: str | Path) -> "Config":
         """From folder/config.json. What this code cannot honour is refused by name, never ignored."""
         file = Path(folder) / "config.json"
-        raw = read_json(file)
+        raw = read_json(file, hidden_size=int, num_attention_heads=int, max_position_embeddings=int)
         family = raw.get("model_type")
         # transformers 5 writes rope_parameters; before it there were rope_theta and rope_scaling
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        check_fields({"rope_parameters": rope}, file, rope_parameters=dict)
         kind = rope.get("rope_type", rope.get("type", "default"))
         window = raw.get("sliding_window") if raw.get("use_sliding_window", family == "mistral") else None
         for refused, what in (
@@ -87,18 +77,25 @@ class Config:
                 (raw.get("attention_bias") or raw.get("mlp_bias"), "attention_bias or mlp_bias"),
                 # ignoring a rope type looks fine on short texts and breaks on long ones (trap 1)
                 (kind not in ("default", "llama3"), f"rope type '{kind}' (only default and llama3)"),
-                (window and window < raw.get("max_position_embeddings", 0), f"sliding_window {window}")):
+                (window and not (isinstance(window, int) and window >= raw["max_position_embeddings"]),
+                 f"sliding_window {window}")):
             if refused:
                 raise ValueError(f"{file}: {what} is not supported; use another model.")
-        heads = raw.get("num_attention_heads", 1)
+        heads = raw["num_attention_heads"]
         raw |= {"num_key_value_heads": raw.get("num_key_value_heads") or heads,  # absent or null: one a head
-                "head_dim": raw.get("head_dim") or raw.get("hidden_size", 0) // heads,
+                "head_dim": raw.get("head_dim") or raw["hidden_size"] // heads,
                 "rope_theta": rope.get("rope_theta") or raw.get("rope_theta", 10000.0),
                 "rope_scaling": rope if kind == "llama3" else None,
                 "tie_word_embeddings": raw.get("tie_word_embeddings", False),
                 "qkv_bias": family == "qwen2", "qk_norm": family == "qwen3"}  # all else is the same in all
-        if missing := [field.name for field in fields(cls) if field.name not in raw]:
-            raise ValueError(f"{file}: field '{missing[0]}' is missing; fetch the model again.")
+        check_fields(raw, file, **{field.name: field.type for field in fields(cls)})
+        if kind == "llama3":
+            names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+            check_fields(rope, file, **dict.fromkeys(names, float))
+        if heads % raw["num_key_value_heads"] or raw["head_dim"] % 2 or raw["num_hidden_layers"] > 1000:
+            raise ValueError(f"{file}: {heads} heads, {raw['num_key_value_heads']} key/value heads of width "
+                             f"{raw['head_dim']} in {raw['num_hidden_layers']} layers are no model of these "
+                             "families; fetch it again.")
         return cls(**{field.name: raw[field.name] for field in fields(cls)})
 
 
@@ -296,12 +293,14 @@ def weight_files(folder: str | Path) -> list[Path]:
     """The shards that the index names if there is one, else the single model.safetensors."""
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
-    names = set(read_json(index).get("weight_map", {}).values()) if index.exists() else {"model.safetensors"}
-    for name in names or {""}:  # plain names alone: an index could lead anywhere on this disk
-        if Path(name).name != name or not (folder / name).is_file():
+    names = ["model.safetensors"]
+    if index.exists():
+        names = list(read_json(index, weight_map=dict)["weight_map"].values()) or [""]
+    for name in names:  # plain names alone: an index could lead anywhere on this disk
+        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
             raise FileNotFoundError(f"{folder}: no weight file '{name}' (pickled .bin files are not read); "
                                     "fetch the model again.")
-    return sorted(folder / name for name in names)
+    return sorted({folder / name for name in names})
 
 
 def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Transformer:
@@ -322,16 +321,19 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "
             if key == "lm_head.weight" and config.tie_word_embeddings or key.endswith("inv_freq"):
                 continue  # some files carry a tied head's second copy, old ones the rope table
             if key not in wanted or key in state:
-                raise ValueError(f"{path}: unexpected tensor '{name}', not in config.json's model.")
+                raise ValueError(f"{path}: unexpected tensor '{name}', not in config.json's model; take both "
+                                 "files of one model.")
             with open_tensors(path) as file:  # anew for each: what was read of a mapped file stays in memory
                 tensor = file.get_tensor(name)
-                if tensor.shape != wanted[key].shape or not tensor.is_floating_point():
+                if tensor.shape != wanted[key].shape or tensor.dtype not in FLOATS:
                     raise ValueError(f"{path}: tensor '{name}' is {tensor.dtype} {list(tensor.shape)}, "
-                                     f"but config.json makes it floats {list(wanted[key].shape)}.")
+                                     f"but config.json makes it floats {list(wanted[key].shape)}; take both "
+                                     "files of one model.")
                 # copy: keep no memory map of the file, which may be replaced under our feet
                 state[key] = tensor.to(device=device, dtype=dtype, copy=True)
     if missing := sorted(set(wanted) - set(state)):
-        raise ValueError(f"{folder}: {len(missing)} tensors are missing, e.g. '{missing[0]}'.")
+        raise ValueError(f"{folder}: {len(missing)} tensors are missing, e.g. '{missing[0]}'; fetch the "
+                         "model again.")
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(False)
 
@@ -354,6 +356,10 @@ def pick_device(device: str, dtype: str) -> tuple[str, torch.dtype]:
                          "bfloat16 or float32.")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = device.partition(":")
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if int(number or 0) >= there[kind]:
+        raise ValueError(f"--device {device}: this machine (or this PyTorch) has none; choose cpu.")
     if dtype == "auto":
         cpu = torch.cpu.get_capabilities() if device == "cpu" else {}
         fast = torch.cuda.is_bf16_supported() if "cuda" in device else (

@@ -44,6 +44,8 @@ def check_record(item: object, where: str) -> Record:
     for field, value in record.items():
         if not isinstance(value, str):
             raise ValueError(f"{where}: field '{field}' must be text, but it is {json.dumps(value)[:60]}.")
+        if len(value) > 1_000_000:  # no context holds it, and it would be cut into tokens for minutes first
+            raise ValueError(f"{where}: field '{field}' has {len(value):,} characters; shorten it.")
         if re.search("[\ud800-\udfff]", value):  # a JSON escape can bring one, and no file can hold it
             raise ValueError(f"{where}: field '{field}' has half a surrogate pair, no character; mend it.")
     for field in ("instruction", "output"):
@@ -70,17 +72,18 @@ def read_records(path: str | Path) -> list[Record]:
     if text.lstrip().startswith("["):
         try:
             items = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{error.lineno}: not valid JSON ({error.msg}).") from None
+        except (ValueError, RecursionError) as error:  # the second: a thousand brackets
+            raise ValueError(f"{path}:{getattr(error, 'lineno', 1)}: not valid JSON ({error}); mend the line."
+                             ) from None
         records = [check_record(item, f"{path}: record {n}") for n, item in enumerate(items, 1)]
     else:
         for n, line in enumerate(text.split("\n"), 1):  # not splitlines(): it cuts at U+2028 too
             if line.strip():
                 try:
                     item = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}:{n}: not valid JSON ({error.msg}, column {error.colno}); "
-                                     "write one record a line, or one JSON array.") from None
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f"{path}:{n}: not valid JSON ({error}); write one record a line, or "
+                                     "one JSON array.") from None
                 records.append(check_record(item, f"{path}:{n}"))
     if not records:
         raise ValueError(f"{path}: no record in this file.")

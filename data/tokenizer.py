@@ -24,6 +24,35 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 DIGITS_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
 
+def check_fields(content: dict, file: Path, **kinds) -> dict:
+    """`content` of a JSON file; ValueError: a field is missing or of another kind. A number must be above 0,
+    finite and not absurd: a billion layers would be built before a tensor is missed."""
+    for field, kind in kinds.items():
+        value, number = content.get(field), kind in (int, float)
+        right = isinstance(value, (int, float) if kind is float else kind) and (kind is bool) >= isinstance(
+            value, bool)
+        if not right or number and not 0 < value < (1 << 24 if kind is int else 1e30):
+            what = "a number above 0" if number else getattr(kind, "__name__", kind)
+            found = json.dumps(value)[:60] if field in content else "missing"
+            raise ValueError(f"{file}: field '{field}' must be {what}, it is {found}; fetch or make the "
+                             "folder again.")
+    return content
+
+
+def read_json(file: Path, **kinds) -> dict:
+    """A JSON object with fields of these kinds; FileNotFoundError or ValueError in one sentence."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing; is {file.parent} the right folder?")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not valid JSON ({error}); make or fetch it again.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: a JSON object is expected, this is a {type(content).__name__}; make or "
+                         "fetch it again.")
+    return check_fields(content, file, **kinds)
+
+
 def byte_alphabet() -> dict[str, int]:
     """The character that stands for each byte in tokenizer.json: itself where printable, else from U+0100
     on."""
@@ -60,7 +89,14 @@ class Tokenizer:
         if not file.exists():
             raise FileNotFoundError(f"{file} is missing: a model folder needs its tokenizer.json "
                                     "(SentencePiece's tokenizer.model alone is not supported).")
-        spec = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            self.read(file)
+        except (LookupError, TypeError, AttributeError) as error:  # JSON of another shape
+            raise ValueError(f"{file}: no tokenizer that can be read ({type(error).__name__}: {error}); "
+                             "fetch the model again.") from None
+
+    def read(self, file: Path) -> None:
+        spec = read_json(file)
         bpe = spec["model"]
         if bpe["type"] != "BPE" or bpe.get("byte_fallback"):
             raise ValueError(f"{file}: a {bpe['type']} tokenizer (or one with byte fallback) is not "
@@ -103,10 +139,14 @@ class Tokenizer:
                            for t in spec.get("added_tokens", [])})
         self.size = max([*vocab.values(), *added.values()]) + 1
 
-        config = json.loads((file.parent / "config.json").read_text(encoding="utf-8"))
+        config = read_json(file.parent / "config.json")
         eos = config.get("eos_token_id")
         self.eos: int = eos[0] if isinstance(eos, list) else eos
         self.bos: list[int] = self.leading_tokens(spec.get("post_processor"), added)
+        rows = config.get("vocab_size", 1 << 31)  # of the embedding; often more than there are ids
+        if wrong := [i for i in [*self.ids, *self.bos, self.eos] if type(i) is not int or not -1 <= i < rows]:
+            raise ValueError(f"{file}: its ids (and eos_token_id) must be whole numbers below config.json's "
+                             f"vocab_size {rows}, but {wrong[0]} is there; take both files of one model.")
 
     @staticmethod
     def leading_tokens(post_processor: dict | None, added: dict[str, int]) -> list[int]:
