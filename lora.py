@@ -16,7 +16,6 @@ Try: python -c "import model, lora; print(lora.quantize(model.load('data/base'))
 """
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -24,9 +23,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from data.prepare import put
 from model import open_tensors, read_json
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -216,7 +217,9 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(path.name + ".tmp")
     try:
         yield temporary
-        os.replace(temporary, path)
+        put(temporary, path)
+    except SafetensorError as error:  # what a full disk becomes on the way through safetensors
+        raise OSError(f"{path}: not written ({error}); free some space and run it again.") from None
     finally:
         temporary.unlink(missing_ok=True)  # a full disk: what was half written goes
 
@@ -257,7 +260,8 @@ def save_model(model: nn.Module, folder: str | Path, base: str | Path) -> None:
                  folder / "model.safetensors", {"format": "pt"})
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json"):
         if Path(base, name).exists():
-            shutil.copyfile(Path(base, name), folder / name)
+            with replacing(folder / name) as temporary:
+                shutil.copyfile(Path(base, name), temporary)
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -271,13 +275,16 @@ def save_adapter(model: nn.Module, folder: str | Path, base: str, base_id: str, 
     folder, layers = Path(folder), lora_layers(model)
     first = next(iter(layers.values()))
     r = first.A.size(0)
-    save_tensors(adapter_tensors(model), folder / "adapter_model.safetensors", {"format": "pt"})
+    ours = {"base_id": base_id, "int8": any(isinstance(module, Int8Linear) for module in model.modules()),
+            "template": template}
+    # a run killed between these files must not pair its tensors with the alpha or base of an older run
+    save_tensors(adapter_tensors(model), folder / "adapter_model.safetensors",
+                 {"format": "pt", "made": json.dumps(ours | {"lora_alpha": first.scaling * r})})
     save_json({"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": r,
                "lora_alpha": first.scaling * r, "target_modules": sorted({n.split(".")[-1] for n in layers}),
                "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True},
               folder / "adapter_config.json")
-    int8 = any(isinstance(module, Int8Linear) for module in model.modules())
-    save_json({"base_id": base_id, "int8": int8, "template": template}, folder / "nanopillow.json")
+    save_json(ours, folder / "nanopillow.json")
 
 
 def load_adapter(model: nn.Module, folder: str | Path, base_id: str, template: str) -> None:
@@ -286,7 +293,7 @@ def load_adapter(model: nn.Module, folder: str | Path, base_id: str, template: s
     config_file = folder / "adapter_config.json"
     if not config_file.exists():
         raise FileNotFoundError(f"{config_file} is missing; run python train_sft.py, or name an adapter.")
-    config = read_json(config_file)
+    config = read_json(config_file, r=int, lora_alpha=float, target_modules=list | str)
     # What would change the arithmetic is refused; PiSSA, OLoRA and the like have changed the base as well.
     for field, allowed in (("peft_type", ("LORA",)), ("use_dora", (False,)), ("use_rslora", (False,)),
                            ("bias", ("none",)), ("rank_pattern", ({},)), ("alpha_pattern", ({},)),
@@ -295,9 +302,9 @@ def load_adapter(model: nn.Module, folder: str | Path, base_id: str, template: s
         if config.get(field) not in (None, *allowed):
             raise ValueError(f"{config_file}: {field} = {config[field]} is not supported; make the adapter "
                              "plain LoRA with PEFT.")
-    ours = folder / "nanopillow.json"
+    ours, stored = folder / "nanopillow.json", {}
     if ours.exists():
-        stored = read_json(ours)
+        stored = read_json(ours, base_id=str, int8=bool, template=str)
         for field, now in (("base_id", base_id), ("template", template)):
             if stored[field] != now:
                 raise ValueError(f"{ours}: the adapter was trained with {field} {stored[field]}, but this "
@@ -307,15 +314,18 @@ def load_adapter(model: nn.Module, folder: str | Path, base_id: str, template: s
         targets = ALL_LINEAR
     elif isinstance(targets, str):
         raise ValueError(f"{config_file}: target_modules = {targets} is a pattern; list the names instead.")
-    targets = sorted({t.split(".")[-1] for t in targets})  # PEFT writes full names for "all-linear"
-    trained, _ = load_tensors(folder / "adapter_model.safetensors")
+    targets = sorted({str(t).split(".")[-1] for t in targets})  # PEFT writes full names for "all-linear"
+    trained, meta = load_tensors(folder / "adapter_model.safetensors")
+    if meta.get("made", "") not in ("", json.dumps(stored | {"lora_alpha": config["lora_alpha"]})):
+        raise ValueError(f"{folder}: adapter_model.safetensors is of another run than the two .json files; "
+                         "run that command again, with --resume.")
     add_lora(model, config["r"], config["lora_alpha"], targets)
     wanted = adapter_tensors(model)
     for name in sorted(wanted | trained):  # every tensor of either side, or PEFT's silence repeats (trap 7)
         ours, theirs = (list(side[name].shape) if name in side else "absent" for side in (wanted, trained))
-        if ours != theirs:
-            raise ValueError(f"{folder}: tensor '{name}' is {theirs}, in this model it is {ours}; the "
-                             "adapter was trained on another model.")
+        if ours != theirs or not trained[name].isfinite().all():
+            raise ValueError(f"{folder}: tensor '{name}' is {theirs}, in this model it is {ours} (of finite "
+                             "numbers); the adapter was trained on another model, train again.")
         wanted[name].data.copy_(trained[name])
     if not any(trained[name].any() for name in trained if ".lora_B." in name):
         raise ValueError(f"{folder}: every B is zero, the adapter does nothing; it was never trained.")

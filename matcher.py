@@ -21,6 +21,7 @@ Letters: B queries, P prompts of the pool, C embedding width, m picks.
 Try: python sample.py --pool data/example_pool.jsonl --prompt "Write the order code." --input "7 red tables"
 """
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.instructions import Record, check_record, length_sorted_batches
+from data.instructions import Record, check_record, length_sorted_batches, read_records
 from data.tokenizer import Tokenizer
 from lora import load_adapter, load_tensors, merge, quantize, save_json, save_tensors
 from model import Transformer, fingerprint, read_json
@@ -47,7 +48,7 @@ def load_tuned(base: str | Path, adapter: str, template: str, dtype: torch.dtype
     int8 = int8 and device == "cpu" and dtype == torch.bfloat16
     if adapter != "none":
         ours = Path(adapter) / "nanopillow.json"
-        if ours.exists() and read_json(ours)["int8"]:
+        if ours.exists() and read_json(ours, int8=bool)["int8"]:
             quantize(model)
         load_adapter(model, adapter, identity, template)
         merge(model, int8)
@@ -62,7 +63,9 @@ def load_tuned(base: str | Path, adapter: str, template: str, dtype: torch.dtype
 
 @torch.no_grad()
 def embed(model: Transformer, texts: Sequence[list[int]], batch_size: int = 16) -> Tensor:
-    """Token ids of each text -> the mean of its last hidden states, (N, C), fp32 on the CPU."""
+    """Token ids of each text -> the mean of its last hidden states, (N, C), fp32 on the CPU. What is longer
+    than the context is known by its beginning."""
+    texts = [text[:model.config.max_position_embeddings] for text in texts]
     vectors = torch.zeros(len(texts), model.config.hidden_size)  # (N, C)
     for batch in length_sorted_batches([len(t) for t in texts], batch_size):
         longest = max(1, max(len(texts[i]) for i in batch))
@@ -131,6 +134,9 @@ class Matcher(nn.Module):
         flip a gradient's sign.) Entropy is divided by the log of the number of choices: 1 is uniform.
         blocked (B, P): never pick.
         """
+        if query.size(1) != len(self.mean):
+            raise ValueError(f"the matcher is for embeddings {len(self.mean)} wide, the model's have "
+                             f"{query.size(1)}; train a matcher for this model.")
         query, pool = self.standardise(query), self.standardise(pool)
         prompts = self.prompt_tower(pool)  # (P, C)
         if blocked is None:
@@ -185,13 +191,28 @@ def same_question(queries: Sequence[Record], pool: Sequence[Record]) -> Tensor:
 
 # ---- files -----------------------------------------------------------------------------------------------
 
+def read_pool(path: str | Path) -> list[Record]:
+    """The prompts of a file, each once: a twin would be a second pick that says nothing new."""
+    records = read_records(path)
+    pool = list({tuple(r.values()): r for r in records}.values())
+    if len(pool) < len(records):
+        print(f"({path}: {len(records) - len(pool)} of {len(records)} prompts are there twice, left out)")
+    return pool
+
+
 def save(matcher: Matcher, folder: str | Path, pool: Sequence[Record], m: int, model_id: str,
          **notes) -> None:
     """matcher.safetensors and matcher.json, which holds the pool's records: half of a policy."""
     folder = Path(folder)
-    save_tensors(matcher.state_dict(), folder / "matcher.safetensors")
+    # a run killed between the two files must not show the prompts of an older run's pool
+    save_tensors(matcher.state_dict(), folder / "matcher.safetensors",
+                 {"made": fit_together(pool, model_id, matcher.scale)})
     save_json({"m": m, "hidden": matcher.prompt_tower.up.out_features, "scale": matcher.scale,
                "model_id": model_id, **notes, "pool": list(pool)}, folder / "matcher.json")
+
+
+def fit_together(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def load(folder: str | Path, model_id: str) -> tuple[Matcher, list[Record], int]:
@@ -199,15 +220,21 @@ def load(folder: str | Path, model_id: str) -> tuple[Matcher, list[Record], int]
     folder = Path(folder)
     if not (folder / "matcher.json").exists():
         raise FileNotFoundError(f"{folder / 'matcher.json'} is missing; run python train_rl.py first.")
-    meta = read_json(folder / "matcher.json")
+    meta = read_json(folder / "matcher.json", m=int, hidden=int, scale=float, model_id=str, pool=list)
     if meta["model_id"] != model_id:
         raise ValueError(f"{folder}: the matcher was trained on embeddings of model {meta['model_id']}, this "
                          f"is {model_id}; use the same --base and adapter, or train again.")
-    tensors, _ = load_tensors(folder / "matcher.safetensors")
-    matcher = Matcher(tensors.get("pool", torch.zeros(1, 1)), meta["hidden"], meta["scale"])
-    if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in matcher.state_dict().items()} or (
-            len(matcher.pool) != len(meta["pool"])):
-        raise ValueError(f"{folder / 'matcher.safetensors'}: tensors do not fit matcher.json; train again.")
-    matcher.load_state_dict(tensors)
+    file = folder / "matcher.safetensors"
+    tensors, made = load_tensors(file)
     pool = [check_record(r, f"{folder}/matcher.json: record {n}") for n, r in enumerate(meta["pool"], 1)]
+    if made.get("made", "") not in ("", fit_together(pool, model_id, meta["scale"])):
+        raise ValueError(f"{file}: of another run than matcher.json; run train_rl.py again.")
+    vectors, bias = tensors.get("pool", torch.zeros(0)), tensors.get("prompt_tower.up.bias", torch.zeros(0))
+    if vectors.dim() != 2 or [len(vectors), *bias.shape] != [len(pool), meta["hidden"]] or (
+            not all(tensor.isfinite().all() for tensor in tensors.values())):
+        raise ValueError(f"{file}: pool or towers do not fit matcher.json, or are not finite; train again.")
+    matcher = Matcher(vectors, meta["hidden"], meta["scale"])
+    if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in matcher.state_dict().items()}:
+        raise ValueError(f"{file}: tensors do not fit matcher.json; train again.")
+    matcher.load_state_dict(tensors)
     return matcher.eval(), pool, meta["m"]

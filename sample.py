@@ -18,7 +18,7 @@ from torch import Tensor
 
 import matcher as matching
 import model as llama
-from data.instructions import NEXT_BLOCK, TEMPLATE, Record, answering_prompt, clean_answer, read_records
+from data.instructions import NEXT_BLOCK, TEMPLATE, Record, answering_prompt, clean_answer
 from data.prepare import cli, ensure_base, opt
 from data.tokenizer import Tokenizer
 
@@ -92,9 +92,9 @@ class Stream:
 def main(s: Settings) -> None:
     device, dtype = llama.pick_device(s.device, s.dtype)
     if (min(s.temperature, s.top_k, s.m) < 0 or not 0 < s.top_p <= 1
-            or min(s.max_new_tokens, s.num_samples) < 1):
-        raise ValueError("--temperature, --top_k and --m must be 0 or more, --top_p above 0 and up to 1, "
-                         "--max_new_tokens and --num_samples 1 or more.")
+            or min(s.max_new_tokens, s.num_samples) < 1 or 0 < s.temperature < 0.01):  # x / 1e-39 is infinite
+        raise ValueError("--temperature (0, or 0.01 and more), --top_k and --m must be 0 or more, --top_p "
+                         "above 0 and up to 1, --max_new_tokens and --num_samples 1 or more.")
 
     # ---- what has been trained so far --------------------------------------------------------------------
     base = ensure_base(s.base)
@@ -103,7 +103,7 @@ def main(s: Settings) -> None:
         s.adapter = "none"
     model, model_id = matching.load_tuned(base, s.adapter, TEMPLATE, dtype, device, int8=True)
     tokenizer = Tokenizer(base)
-    pool = read_records(s.pool) if s.pool else []
+    pool = matching.read_pool(s.pool) if s.pool else []
     matcher, vectors, trained_m = None, None, 1
     if not s.no_match and Path(s.matcher, "matcher.json").exists():
         matcher, stored, trained_m = matching.load(s.matcher, model_id)

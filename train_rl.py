@@ -22,6 +22,7 @@ replays it.
 """
 import hashlib
 import json
+import math
 import re
 import time
 from collections import Counter
@@ -40,13 +41,14 @@ from data.instructions import (
     NEXT_BLOCK,
     TEMPLATE,
     Record,
+    answering_prompt,
     clean_answer,
     exemplar_ids,
     length_sorted_batches,
     query_text,
     read_records,
 )
-from data.prepare import cli, ensure_base, ensure_data, opt
+from data.prepare import cli, ensure_base, ensure_data, opt, record_of_run
 from data.tokenizer import Tokenizer
 
 
@@ -112,18 +114,22 @@ class Environment:
         blocks = [len(exemplar_ids(tokenizer, [p])) for p in pool]
         self.groups = length_sorted_batches(blocks, 8)  # of the pool, prefilled together
         self.prefixes: dict[int, Tensor] = {}  # pool index -> keys and values of that prompt's block
-        self.vectors: dict[str, Tensor] = {}  # text -> embedding, for the semantic score
         references = matching.embed(model, [tokenizer.encode(p["output"]) for p in pool])
         self.mean, self.deviation = references.mean(0), references.std(0, unbiased=False).clamp(min=1e-3)
-        self.asked = self.computed = 0
+        self.asked = self.computed = self.shortened = 0
         self.known: dict[str, dict] = {}
         if cache_file.exists():
-            for line in cache_file.read_text(encoding="utf-8").splitlines():
+            batch = {}  # whole batches alone: a rest, computed without its mates, may differ in a last bit
+            for line in cache_file.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     entry = json.loads(line)
-                    self.known[entry["key"]] = entry
-                except (json.JSONDecodeError, KeyError):
-                    continue  # the torn last line of a run that was killed: it is computed again
+                    scores = sum(entry[k] for k in ("rouge", "semantic", "exact", "prompt_tokens"))
+                    if math.isfinite(scores):
+                        batch[entry["key"]] = entry
+                    if entry.pop("left", 0) == 0:
+                        self.known, batch = self.known | batch, {}
+                except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                    batch = {}  # the torn last line of a run that was killed: its batch is computed again
         cache_file.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(cache_file, "a", encoding="utf-8")
         if cache_file.stat().st_size and not cache_file.read_bytes().endswith(b"\n"):
@@ -141,7 +147,10 @@ class Environment:
         keys = [self.key(q, p) for q, p in zip(queries, picks, strict=True)]
         todo = {k: (q, tuple(p)) for k, q, p in zip(keys, queries, picks, strict=True) if k not in self.known}
         self.asked, self.computed = self.asked + len(keys), self.computed + len(todo)
-        jobs = [(key, query, picks, self.prompt(query, picks)) for key, (query, picks) in todo.items()]
+        jobs = []
+        for key, (query, picks) in todo.items():
+            kept = self.fitting(query, picks)
+            jobs.append((key, query, kept, self.prompt(query, kept)))
         for batch in length_sorted_batches([len(prompt) for *_, prompt in jobs], self.s.rollout_batch):
             self.compute([jobs[i] for i in batch])
         return [self.known[k] for k in keys]
@@ -172,22 +181,32 @@ class Environment:
                                  prefixes)
         texts = [clean_answer(self.tokenizer, ids) for ids in answers]
         semantic = self.similarity(texts, [query["output"] for _, query, _, _ in jobs])
+        left = len(jobs)
         for (key, query, _, prompt), text, sem, prefix in zip(jobs, texts, semantic, prefixes, strict=True):
+            left -= 1
             spent = len(prompt) + (0 if prefix is None else prefix.size(3))
             self.known[key] = {"key": key, "answer": text, "rouge": round(rouge_l(text, query["output"]), 6),
                                "semantic": round(sem, 6), "exact": text == query["output"].strip(),
                                "prompt_tokens": spent}
-            self.file.write(json.dumps(self.known[key]) + "\n")
+            # left: lines of this batch still to come
+            self.file.write(json.dumps(self.known[key] | {"left": left}) + "\n")
         self.file.flush()
+
+    def fitting(self, query: Record, picks: Sequence[int]) -> Sequence[int]:
+        """The picks that fit the context with query and answer; those that do not go, the farthest first."""
+        kept = answering_prompt(self.tokenizer, query, [self.pool[j] for j in picks],
+                                self.model.config.max_position_embeddings - self.s.max_new_tokens)[1]
+        self.shortened += kept < len(picks)
+        return picks[len(picks) - kept:]
 
     def similarity(self, answers: list[str], references: list[str]) -> list[float]:
         """Cosine of mean-pooled, standardised embeddings, negative ones cut to 0; 1 for equal texts."""
         pairs = [(a, r) for a, r in zip(answers, references, strict=True) if a and a != r]
-        new = [t for t in dict.fromkeys(sum(pairs, ())) if t not in self.vectors]
-        vectors = matching.embed(self.model, [self.tokenizer.encode(t) for t in new])
-        for text, vector in zip(new, vectors, strict=True):
-            self.vectors[text] = F.normalize((vector - self.mean) / self.deviation, dim=0)
-        return [1.0 if a == r else max(0.0, float(self.vectors[a] @ self.vectors[r])) if a else 0.0
+        # of this batch alone: with embeddings kept from earlier ones a replay could differ in a last bit
+        texts = list(dict.fromkeys(sum(pairs, ())))
+        vectors = matching.embed(self.model, [self.tokenizer.encode(t) for t in texts])
+        of = dict(zip(texts, F.normalize((vectors - self.mean) / self.deviation, dim=1), strict=True))
+        return [1.0 if a == r else max(0.0, float(of[a] @ of[r])) if a else 0.0
                 for a, r in zip(answers, references, strict=True)]
 
     def reward(self, entry: dict) -> float:
@@ -281,20 +300,32 @@ def comparison(env: Environment, matcher: matching.Matcher, queries: Tensor, poo
 def main(s: Settings) -> None:
     out = Path(s.out_dir)
     device, dtype = llama.pick_device(s.device, s.dtype)
-    if s.samples < 2 or min(s.m, s.steps, s.queries, s.eval_every, s.val_queries) < 1:
-        raise ValueError("--samples must be 2 or more (the baseline is the mean of the others); "
-                         "--m, --steps, --queries, --eval_every and --val_queries 1 or more.")
+    ones = ("m", "steps", "queries", "eval_every", "val_queries", "hidden", "max_new_tokens", "rollout_batch",
+            "random_seeds", "fixed_tries")
+    if s.samples < 2 or s.textual > 1 or min(s.lr, s.scale) <= 0 or min(getattr(s, k) for k in ones) < 1:
+        raise ValueError("--samples must be 2 or more (the baseline is the mean of the others), --lr and "
+                         f"--scale above 0, --textual 0 to 1, and 1 or more: --{', --'.join(ones)}.")
 
     # ---- the environment: frozen LLM, pool, queries ------------------------------------------------------
     base, data = ensure_base(s.base), ensure_data(s.data)
     tokenizer = Tokenizer(base)
     model, model_id = matching.load_tuned(base, s.adapter, TEMPLATE, dtype, device)
     records = {split: read_records(data / f"{split}.jsonl") for split in ("rl", "val", "test")}
+    room = model.config.max_position_embeddings - s.max_new_tokens
+    for split, found in records.items():
+        records[split] = [r for r in found if len(tokenizer.bos + tokenizer.encode(query_text(r))) <= room]
+        if len(records[split]) < len(found):
+            print(f"({split}: {len(found) - len(records[split])} of {len(found)} queries do not fit the "
+                  f"context of {room + s.max_new_tokens} tokens, left out)")
+        if not records[split]:
+            raise ValueError(f"{data}/{split}.jsonl: no query fits the context; lower --max_new_tokens.")
     if s.eval_only:  # the pool it was trained on (trap 11), unless --pool names another
         matcher, pool, s.m = matching.load(out, model_id)
-        pool = read_records(s.pool) if s.pool else pool
+        pool = matching.read_pool(s.pool) if s.pool else pool
     else:
-        pool = read_records(s.pool or data / "pool.jsonl")
+        pool = matching.read_pool(s.pool or data / "pool.jsonl")
+    if len(pool) < s.m:
+        raise ValueError(f"{s.pool or data}: {len(pool)} prompts are too few to pick {s.m}; lower --m.")
     seen_tasks = {r["task"] for r in read_records(data / "sft.jsonl")}
     order = torch.Generator().manual_seed(s.seed)
     # val and test lie in the file task by task: a shuffled part of them has all kinds
@@ -321,6 +352,7 @@ def main(s: Settings) -> None:
         optimizer = torch.optim.Adam(matcher.parameters(), lr=s.lr)
         draw = torch.Generator().manual_seed(s.seed + 1)  # the policy's own; nothing else advances it
         best = first = validate(matcher)
+        lora.save_json(record_of_run(s, data, model_id), out / "run.json")
         matching.save(matcher, out, pool, s.m, model_id, step=0, val_reward=best)
         print(f"step 0 is kNN: validation reward {best:.4f}")
         log, began = open(out / "log.jsonl", "w", encoding="utf-8"), time.time()
@@ -339,6 +371,9 @@ def main(s: Settings) -> None:
             # learn: grad J is the mean of advantage * grad log pi, and optimisers descend, hence the minus
             advantage = leave_one_out(rewards).view(-1)  # (B K)
             loss = -(advantage * log_prob).mean() - s.entropy * left * entropy.mean()
+            if not math.isfinite(loss.item()):
+                raise ValueError(f"step {step}: the loss is {loss.item()}; lower --lr (the best matcher so "
+                                 f"far is in {out}).")
             for group in optimizer.param_groups:
                 group["lr"] = s.lr * left
             optimizer.zero_grad()
@@ -365,6 +400,8 @@ def main(s: Settings) -> None:
         matcher, _, _ = matching.load(out, model_id)  # the best one, which may be step 0: kNN
     table = comparison(env, matcher, embed(records["test"]), pool_vectors, records["test"], records["val"],
                        seen_tasks, s)
+    if env.shortened:
+        print(f"({env.shortened} times the farthest prompts were left out: the context was full)")
     lora.save_json({"settings": asdict(s), "rows": table}, out / "table.json")
     print(f"saved in {out}. next: python sample.py --prompt \"...\"")
 

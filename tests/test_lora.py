@@ -16,6 +16,7 @@ from torch import nn
 
 import lora
 import matcher
+from data import prepare
 from lora import ALL_LINEAR, Int8Linear, LoRALinear
 from model import load
 
@@ -449,7 +450,7 @@ def test_json_is_replaced_whole(tmp_path, monkeypatch):
     def no_replace(source, target):
         raise OSError("no space left on device")
     with monkeypatch.context() as patch:
-        patch.setattr(lora.os, "replace", no_replace)
+        patch.setattr(prepare.os, "replace", no_replace)
         with pytest.raises(OSError, match="no space"):
             lora.save_json({"a": 2}, file)
     assert json.loads(file.read_text("utf-8")) == {"a": "é"} and names(tmp_path) == ["c.json"]

@@ -69,7 +69,8 @@ def test_the_whole_way_on_the_real_model(tmp_path):
     text = script("train_sft.py", "--max_steps", 2, "--batch_size", 4, "--eval_every", 2, "--out_dir", sft)
     assert ">>>" in text and "<EOS><<<" in text and "next: python train_rl.py" in text
     assert {f.name for f in sft.iterdir()} == {"adapter_config.json", "adapter_model.safetensors",
-                                               "nanopillow.json", "log.jsonl", "state.safetensors"}
+                                               "nanopillow.json", "log.jsonl", "run.json",
+                                               "state.safetensors"}
     lines = [json.loads(line) for line in (sft / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2] and 0.1 < lines[1]["val_loss"] < 6
 
@@ -77,7 +78,8 @@ def test_the_whole_way_on_the_real_model(tmp_path):
            "--random_seeds", 1, "--max_new_tokens", 8, "--adapter", sft, "--out_dir", rl)
     text = script("train_rl.py", *few)
     assert "validation reward" in text and "next: python sample.py" in text
-    files = {"matcher.safetensors", "matcher.json", "rewards.jsonl", "log.jsonl", "table.json"}
+    files = {"matcher.safetensors", "matcher.json", "rewards.jsonl", "log.jsonl", "table.json",
+             "run.json"}
     assert {f.name for f in rl.iterdir()} == files
     rows = json.loads((rl / "table.json").read_text())["rows"]
     assert {"no prompt", "random", "best fixed", "nearest (kNN)", "learned", "best of these"} <= rows.keys()

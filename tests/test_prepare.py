@@ -510,7 +510,7 @@ class Settings:
     pool: str = prepare.opt(None, "a file")
 
 
-def run_cli(monkeypatch, main, *flags, settings=Settings):
+def run_cli(monkeypatch, main, *flags, settings=Settings):  # it claims ./out and leaves no folder behind
     monkeypatch.setattr(sys, "argv", ["/some/where/train.py", *flags])
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)  # as for a script: not python -m pytest
     prepare.cli(settings, main)
@@ -553,7 +553,8 @@ def test_cli_ctrl_c_and_bugs(monkeypatch, capsys):
 
     with pytest.raises(SystemExit) as exit:
         run_cli(monkeypatch, main, "--full")
-    assert exit.value.code == 130 and capsys.readouterr().err == "\ntrain.py: stopped\n"
+    assert exit.value.code == 130 and capsys.readouterr().err == (
+        "\ntrain.py: stopped; finished work is kept in out: run it again\n")
     with pytest.raises(KeyError):  # not the user's to mend: it keeps its traceback
         run_cli(monkeypatch, main)
 

@@ -220,10 +220,10 @@ def test_a_torn_last_line_is_computed_again(llm, tmp_path):
     wanted = environment(llm, path).scores(QUERIES, PICKS)
     path.write_bytes(path.read_bytes()[:-20])
     torn = environment(llm, path)
-    assert torn.scores(QUERIES, PICKS) == wanted and torn.computed == 1
+    assert torn.scores(QUERIES, PICKS) == wanted and torn.computed == 2  # its whole batch: the same bits
     third = environment(llm, path)
     assert third.scores(QUERIES, PICKS) == wanted and third.computed == 0
-    path.write_bytes(path.read_bytes()[:-1])  # the line whole, its end missing
+    path.write_bytes(path.read_bytes()[:-1])  # the last line whole, its end missing
     fourth = environment(llm, path)
     assert fourth.scores(QUERIES, PICKS) == wanted and fourth.computed == 0
     fourth.scores(QUERIES[:1], [[3]])
@@ -321,7 +321,7 @@ def test_run_end_to_end_and_again(run, tmp_path):
     env, matcher, drawn = run("a")
     out = tmp_path / "a"
     assert {f.name for f in out.iterdir()} == {"matcher.safetensors", "matcher.json", "rewards.jsonl",
-                                               "log.jsonl", "table.json"}
+                                               "log.jsonl", "table.json", "run.json"}
     lines = [strict(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert all(0 <= line["reward"] <= 1 and 0 < line["entropy"] <= 1 for line in lines)
