@@ -86,7 +86,7 @@ def read_records(path: str | Path) -> list[Record]:
                                      "one JSON array.") from None
                 records.append(check_record(item, f"{path}:{n}"))
     if not records:
-        raise ValueError(f"{path}: no record in this file.")
+        raise ValueError(f"{path}: no record in this file; write one a line.")
     return records
 
 

@@ -88,7 +88,7 @@ class Tokenizer:
         file = Path(folder) / "tokenizer.json"
         if not file.exists():
             raise FileNotFoundError(f"{file} is missing: a model folder needs its tokenizer.json "
-                                    "(SentencePiece's tokenizer.model alone is not supported).")
+                                    "(SentencePiece's tokenizer.model alone is not supported); fetch it.")
         try:
             self.read(file)
         except (LookupError, TypeError, AttributeError) as error:  # JSON of another shape

@@ -221,36 +221,6 @@ def test_optional_fields_blank_lines_and_unicode_line_ends(tmp_path):
     assert read_records(file) == [record("x", "y"), record(odd["instruction"], odd["output"])]
 
 
-GOOD = b'{"instruction": "x", "output": "y"}\n'
-
-
-@pytest.mark.parametrize("content, place, words", [
-    (GOOD + b'{"instruction": "caf\xe9", "output": "y"}', ":2:", "not UTF-8"),
-    (GOOD + b"\n" + b'{"instruction": "x", "output": }\n' + GOOD, ":3:", "not valid JSON"),
-    (GOOD + b'{"instruction": "x", "out', ":2:", "not valid JSON"),
-    (b'[{"instruction": "x", "output": "y"},\n {"instruction" "x"}]', ":2:", "not valid JSON"),
-    (GOOD + b'{"instruction": "x"}', ":2:", "field 'output' is missing; found ['instruction']"),
-    (GOOD + b'{"output": "x"}', ":2:", "field 'instruction' is missing"),
-    (GOOD + b'{"instruction": "x", "output": 7}', ":2:", "field 'output' must be text, but it is 7"),
-    (GOOD + b'{"instruction": "x", "output": null}', ":2:", "field 'output' must be text, but it is null"),
-    (GOOD + b'{"instruction": "x", "output": "y", "input": ["a"]}', ":2:", "field 'input' must be text"),
-    (GOOD + b'{"instruction": "x", "output": "y", "task": 3}', ":2:", "field 'task' must be text"),
-    (GOOD + b'{"instruction": "x", "output": "y \\ud83d"}', ":2:", "field 'output' has half a surrogate"),
-    (GOOD + b'{"instruction": "x", "output": " \\n"}', ":2:", "field 'output' is empty"),
-    (GOOD + b'{"instruction": "", "output": "y"}', ":2:", "field 'instruction' is empty"),
-    (GOOD + b'"only a string"', ":2:", "must be a JSON object"),
-    (b'[{"instruction": "x", "output": "y"}, 5]', ": record 2:", "must be a JSON object"),
-    (b'[{"instruction": "x", "output": "y"}, {"output": "y"}]', ": record 2:", "'instruction' is missing"),
-    (b"", ":", "no record"), (b"\xef\xbb\xbf \n\n", ":", "no record"), (b"[]", ":", "no record")])
-def test_what_is_refused_and_where(tmp_path, content, place, words):
-    file = tmp_path / "own.jsonl"
-    file.write_bytes(content)
-    with pytest.raises(ValueError) as error:
-        read_records(file)
-    message = str(error.value)
-    assert message.startswith(f"{file}{place}") and words in message and "\n" not in message
-
-
 def test_missing_file(tmp_path):
     for path in (tmp_path / "none.jsonl", tmp_path):
         with pytest.raises(FileNotFoundError, match="is not a file"):

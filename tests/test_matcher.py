@@ -203,19 +203,3 @@ def test_save_and_load_bring_back_policy_pool_and_m(tmp_path):
     picks = loaded.episodes(queries, unseen, 3, greedy=True)[0]
     assert picks.shape == (20, 3) and picks.max() >= 8
     assert sorted(f.name for f in tmp_path.iterdir()) == ["matcher.json", "matcher.safetensors"]
-
-
-def test_load_refuses_what_does_not_fit(tmp_path):
-    with pytest.raises(FileNotFoundError, match="train_rl.py"):
-        matching.load(tmp_path / "nowhere", "model-1")
-    matching.save(trained(vectors(8, 1)), tmp_path, tiny.records(8), 1, "model-1")
-    with pytest.raises(ValueError, match="model-1, this is model-2"):
-        matching.load(tmp_path, "model-2")
-    text = (tmp_path / "matcher.json").read_text()
-    (tmp_path / "matcher.json").write_text(text.replace('"hidden": 8', '"hidden": 9'))
-    with pytest.raises(ValueError, match="do not fit"):
-        matching.load(tmp_path, "model-1")
-    (tmp_path / "matcher.json").write_text(text)
-    (tmp_path / "matcher.safetensors").write_bytes(b"not a tensor file")
-    with pytest.raises(ValueError, match="broken"):
-        matching.load(tmp_path, "model-1")

@@ -222,31 +222,6 @@ def edited(folder, **changes):
     return folder
 
 
-YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
-
-
-@pytest.mark.parametrize("changes, named", [
-    ({"model_type": "gemma2"}, "gemma2"),
-    ({"rope_parameters": YARN}, "yarn"),
-    ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
-    ({"model_type": "mistral", "sliding_window": 512}, "sliding_window 512"),
-    ({"model_type": "qwen2", "sliding_window": 512, "use_sliding_window": True}, "sliding_window 512"),
-    ({"quantization_config": {"quant_method": "gptq"}}, "quantised"),
-    ({"hidden_act": "gelu"}, "gelu"),
-    ({"attention_bias": True}, "attention_bias"),
-    ({"mlp_bias": True}, "mlp_bias"),
-    ({"hidden_size": None}, "hidden_size"),
-    ({"max_position_embeddings": None}, "max_position_embeddings"),
-    ({"num_attention_heads": None}, "num_attention_heads"),
-])
-def test_refused_by_name(llama, tmp_path, changes, named):
-    """Trap 1: what the arithmetic cannot honour is an error that names it, never ignored."""
-    folder = edited(shutil.copytree(llama[0], tmp_path / "m"), **changes)
-    with pytest.raises(ValueError, match=named) as error:
-        Config.read(folder)
-    assert str(folder / "config.json") in str(error.value) and "\n" not in str(error.value)
-
-
 def test_window_that_is_off_is_taken(llama, tmp_path):
     """Qwen2 files name a window and switch it off."""
     folder = shutil.copytree(llama[0], tmp_path / "m")
@@ -260,49 +235,6 @@ def with_tensors(folder, change):
 
 
 GATE = "model.layers.1.mlp.gate_proj.weight"
-
-
-@pytest.mark.parametrize("change, named", [
-    (lambda t: t.pop(GATE), "layers.1.mlp.gate_proj.weight"),
-    (lambda t: t.pop("lm_head.weight"), "lm_head.weight"),  # untied: the head must be there
-    (lambda t: t.update({"model.layers.2.mlp.gate_proj.weight": t[GATE].clone()}), "layers.2.mlp.gate_proj"),
-    (lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(48)}), "q_proj.bias"),
-    (lambda t: t.update({GATE: t[GATE].T.contiguous()}), r"gate_proj.*\[48, 80\].*\[80, 48\]"),
-])
-def test_tensors_that_do_not_fit(llama, tmp_path, change, named):
-    folder = shutil.copytree(llama[0], tmp_path / "m")
-    with_tensors(folder, change)
-    with pytest.raises(ValueError, match=named):
-        load(folder)
-
-
-@pytest.mark.parametrize("size", [0, 5, 100, -1])
-def test_truncated_file(llama, tmp_path, size):
-    folder = shutil.copytree(llama[0], tmp_path / "m")
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:size])
-    with pytest.raises(ValueError, match="model.safetensors: broken safetensors"):
-        load(folder)
-
-
-@pytest.mark.parametrize("shard", ["../x", "/tmp/x", "../m/model.safetensors", "gone.safetensors"])
-def test_index_that_leads_elsewhere(llama, tmp_path, shard):
-    """A folder from the internet must not make us read files outside it."""
-    folder = shutil.copytree(llama[0], tmp_path / "m")
-    shutil.copyfile(folder / "model.safetensors", tmp_path / "x")
-    index = {"weight_map": dict.fromkeys(load_file(folder / "model.safetensors"), shard)}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises((ValueError, OSError), match=shard):
-        load(folder)
-
-
-def test_missing_files(tmp_path, llama):
-    with pytest.raises(FileNotFoundError, match="config.json is missing"):
-        load(tmp_path)
-    shutil.copy(llama[0] / "config.json", tmp_path)
-    (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match="model.safetensors"):
-        load(tmp_path)
 
 
 def test_fingerprint(llama, tmp_path):

@@ -32,16 +32,6 @@ def test_help_lists_every_setting(script, monkeypatch, capsys):
     assert all(field.metadata["help"] in text for field in fields)
 
 
-@pytest.mark.parametrize("script", [train_sft, train_rl, sample], ids=lambda script: script.__name__)
-def test_a_users_mistake_is_one_line_and_status_1(script, monkeypatch, tmp_path):
-    """No traceback: cli turns ValueError and OSError into one line on stderr."""
-    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", "--base", str(tmp_path / "no model here")])
-    with pytest.raises(SystemExit) as ended:
-        prepare.cli(script.Settings, script.main)
-    line = ended.value.code  # a string: Python prints it to stderr and exits with 1
-    assert line.startswith(f"{script.__name__}.py: ") and "no model here" in line and "\n" not in line
-
-
 def test_the_same_setting_has_the_same_default_and_help_everywhere():
     """--base, --device and --dtype mean one thing; --m of training is what --shots prepares for."""
     by_name = [{f.name: (f.default, f.metadata["help"]) for f in dataclasses.fields(script.Settings)}

@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import lora
 import matcher as matching
 import model as llama
 import sample
@@ -20,28 +19,13 @@ from data.instructions import NEXT_BLOCK, TEMPLATE, answering_prompt, clean_answ
 from data.tokenizer import Tokenizer
 from sample import Settings, Stream
 
-POOL = tiny.records(8)
+POOL = tiny.POOL
 QUERY = {"instruction": "Say it louder.", "input": "a sleepy fox"}
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """(base, adapter, matcher) folders: an adapter whose B is not zero, a matcher that is not kNN."""
-    home = tmp_path_factory.mktemp("sample")
-    base = tiny.build(home / "base")
-    model = llama.load(base)
-    generator = torch.Generator().manual_seed(0)
-    lora.add_lora(model, 2, 4.0, generator=generator)
-    for layer in lora.lora_layers(model).values():
-        layer.B.data.copy_(0.2 * torch.randn(layer.B.shape, generator=generator))
-    lora.save_adapter(model, home / "sft", str(base), llama.fingerprint(base), TEMPLATE)
-    tuned, model_id = matching.load_tuned(base, str(home / "sft"), TEMPLATE, torch.float32, "cpu")
-    pool = matching.embed_records(tuned, Tokenizer(base), POOL)
-    matcher = matching.Matcher(pool, hidden=4, scale=3.0, generator=generator)
-    for tower in (matcher.prompt_tower, matcher.state_tower):
-        tower.down.weight.data.copy_(torch.randn(tower.down.weight.shape, generator=generator))
-    matching.save(matcher, home / "rl", POOL, 2, model_id)
-    return base, home / "sft", home / "rl"
+    return tiny.trained(tmp_path_factory.mktemp("sample"))
 
 
 @pytest.fixture
@@ -184,27 +168,6 @@ def test_sampling_repeats_with_its_seed(run):
     assert first.startswith(one) and first != 2 * one  # the second sample is another one
     assert run(temperature=1.0, top_k=1, no_match=True) == run(no_match=True) == run(
         temperature=1.0, top_p=1e-6, no_match=True)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"temperature": -1.0},
-        {"top_p": 0.0},
-        {"top_p": 1.5},
-        {"max_new_tokens": 0},
-        {"top_k": -1},
-        {"m": -1},
-        {"num_samples": 0},
-        {"dtype": "float12"},
-        {"device": "toaster"},
-        {"max_new_tokens": 600},
-    ],
-)
-def test_bad_values_are_told_in_a_sentence(run, wrong):
-    with pytest.raises(ValueError) as error:
-        run(**wrong)
-    assert "\n" not in str(error.value) and len(str(error.value)) > 20
 
 
 # ---- streaming ---------------------------------------------------------------------------------------------

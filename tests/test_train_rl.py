@@ -392,19 +392,3 @@ def test_a_query_never_gets_itself(run, tmp_path):
         run("itself", pool=str(tiny.write_records(tmp_path / "pool.jsonl", pool)))
     assert sum(len(picks) for _, picks in asked) > 100
     assert [question for question, picks in asked if question in picks] == []
-
-
-@pytest.mark.parametrize(
-    "wrong, words",
-    [
-        ({"samples": 1}, "--samples"),
-        ({"m": 0}, "--m"),
-        ({"m": 99}, "--m"),
-        ({"dtype": "float12"}, "dtype"),
-        ({"data": "nowhere"}, "--data"),
-    ],
-)
-def test_bad_values_are_told_in_a_sentence(run, wrong, words):
-    with pytest.raises(ValueError, match=words) as error:
-        run("bad", **wrong)
-    assert "\n" not in str(error.value)

@@ -10,7 +10,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from data.tokenizer import byte_alphabet
+import lora
+import matcher as matching
+import model as llama
+from data.instructions import TEMPLATE
+from data.tokenizer import Tokenizer, byte_alphabet
 from model import Config, Transformer
 
 torch.set_num_threads(1)
@@ -58,3 +62,24 @@ def records(n: int) -> list[dict]:
 def write_records(path: Path, items: list[dict]) -> Path:
     path.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
     return path
+
+
+POOL = records(8)
+
+
+def trained(home: Path) -> tuple[Path, Path, Path]:
+    """(base, adapter, matcher) folders in `home`: B of the adapter is not zero, the matcher is not kNN."""
+    base = build(home / "base")
+    model = llama.load(base)
+    generator = torch.Generator().manual_seed(0)
+    lora.add_lora(model, 2, 4.0, generator=generator)
+    for layer in lora.lora_layers(model).values():
+        layer.B.data.copy_(0.2 * torch.randn(layer.B.shape, generator=generator))
+    lora.save_adapter(model, home / "sft", str(base), llama.fingerprint(base), TEMPLATE)
+    tuned, model_id = matching.load_tuned(base, str(home / "sft"), TEMPLATE, torch.float32, "cpu")
+    matcher = matching.Matcher(matching.embed_records(tuned, Tokenizer(base), POOL), hidden=4, scale=3.0,
+                               generator=generator)
+    for tower in (matcher.prompt_tower, matcher.state_tower):
+        tower.down.weight.data.copy_(torch.randn(tower.down.weight.shape, generator=generator))
+    matching.save(matcher, home / "rl", POOL, 2, model_id)
+    return base, home / "sft", home / "rl"
