@@ -275,16 +275,17 @@ def save_adapter(model: nn.Module, folder: str | Path, base: str, base_id: str, 
     folder, layers = Path(folder), lora_layers(model)
     first = next(iter(layers.values()))
     r = first.A.size(0)
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": r,
+              "lora_alpha": first.scaling * r, "target_modules": sorted({n.split(".")[-1] for n in layers}),
+              "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True}
     ours = {"base_id": base_id, "int8": any(isinstance(module, Int8Linear) for module in model.modules()),
             "template": template}
-    # a run killed between these files must not pair its tensors with the alpha or base of an older run
-    save_tensors(adapter_tensors(model), folder / "adapter_model.safetensors",
-                 {"format": "pt", "made": json.dumps(ours | {"lora_alpha": first.scaling * r})})
-    save_json({"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": r,
-               "lora_alpha": first.scaling * r, "target_modules": sorted({n.split(".")[-1] for n in layers}),
-               "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True},
-              folder / "adapter_config.json")
-    save_json(ours, folder / "nanopillow.json")
+    for name, content in (("adapter_config.json", config), ("nanopillow.json", ours)):
+        if not (folder / name).exists() or read_json(folder / name) != content:
+            # killed between the files, a run must not leave its tensors with an older run's alpha, or base
+            (folder / "adapter_model.safetensors").unlink(missing_ok=True)
+            save_json(content, folder / name)
+    save_tensors(adapter_tensors(model), folder / "adapter_model.safetensors", {"format": "pt"})
 
 
 def load_adapter(model: nn.Module, folder: str | Path, base_id: str, template: str) -> None:
@@ -302,7 +303,7 @@ def load_adapter(model: nn.Module, folder: str | Path, base_id: str, template: s
         if config.get(field) not in (None, *allowed):
             raise ValueError(f"{config_file}: {field} = {config[field]} is not supported; make the adapter "
                              "plain LoRA with PEFT.")
-    ours, stored = folder / "nanopillow.json", {}
+    ours = folder / "nanopillow.json"
     if ours.exists():
         stored = read_json(ours, base_id=str, int8=bool, template=str)
         for field, now in (("base_id", base_id), ("template", template)):
@@ -315,10 +316,7 @@ def load_adapter(model: nn.Module, folder: str | Path, base_id: str, template: s
     elif isinstance(targets, str):
         raise ValueError(f"{config_file}: target_modules = {targets} is a pattern; list the names instead.")
     targets = sorted({str(t).split(".")[-1] for t in targets})  # PEFT writes full names for "all-linear"
-    trained, meta = load_tensors(folder / "adapter_model.safetensors")
-    if meta.get("made", "") not in ("", json.dumps(stored | {"lora_alpha": config["lora_alpha"]})):
-        raise ValueError(f"{folder}: adapter_model.safetensors is of another run than the two .json files; "
-                         "run that command again, with --resume.")
+    trained, _ = load_tensors(folder / "adapter_model.safetensors")
     add_lora(model, config["r"], config["lora_alpha"], targets)
     wanted = adapter_tensors(model)
     for name in sorted(wanted | trained):  # every tensor of either side, or PEFT's silence repeats (trap 7)

