@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from data.tokenizer import Tokenizer
+from data.tokenizer import LONGEST_TEXT, Tokenizer
 
 FIELDS = ("task", "instruction", "input", "output")
 SPLITS = ("sft", "pool", "rl", "val", "test")
@@ -44,7 +44,7 @@ def check_record(item: object, where: str) -> Record:
     for field, value in record.items():
         if not isinstance(value, str):
             raise ValueError(f"{where}: field '{field}' must be text, but it is {json.dumps(value)[:60]}.")
-        if len(value) > 1_000_000:  # no context holds it, and it would be cut into tokens for minutes first
+        if len(value) > LONGEST_TEXT:
             raise ValueError(f"{where}: field '{field}' has {len(value):,} characters; shorten it.")
         if re.search("[\ud800-\udfff]", value):  # a JSON escape can bring one, and no file can hold it
             raise ValueError(f"{where}: field '{field}' has half a surrogate pair, no character; mend it.")

@@ -103,8 +103,8 @@ def cli(settings: type, main) -> None:
             text = f"out of memory ({text[:90]}); use a smaller model or fewer tokens at once" + kept
         elif getattr(error, "errno", None):  # Python's own words: they name no remedy
             text = f"{error.filename or out}: {error.strerror}; mend that{kept or ' and run it again'}"
-        # a name in a broken file may hold control characters, which would steer the terminal
-        text = "".join(c if c.isprintable() else "?" for c in text)
+        # what a broken file holds may be long, and control characters in it would steer the terminal
+        text = "".join(c if c.isprintable() else "?" for c in text[:600])
         sys.exit(f"{parser.prog}: {text}")  # text goes to stderr, with status 1
     except KeyboardInterrupt:
         print(f"\n{parser.prog}: stopped{kept}", file=sys.stderr)
@@ -234,11 +234,17 @@ def write_hf_folder(gguf: Path, folder: Path) -> None:
     from gguf import GGUFReader, dequantize  # imported here: no other base model needs it
     from safetensors.numpy import save_file
 
+    class Reader(GGUFReader):
+        def _get(self, offset: int, *what, **how):
+            if offset >= len(self.data):  # gguf reads on there: a list of 2^40 numbers, all of them empty
+                raise ValueError("it ends too early")
+            return super()._get(offset, *what, **how)
+
     folder.mkdir()
     smollm2 = json.loads((DATA / "smollm2.json").read_text(encoding="utf-8"))
     config, tokenizer = smollm2["config"], smollm2["tokenizer"]
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    reader, weights = GGUFReader(gguf), {}
+    reader, weights = Reader(gguf), {}
     for tensor in reader.tensors:
         w = dequantize(tensor.data, tensor.tensor_type)  # float32, rows are outputs
         *block, part, _ = tensor.name.split(".")  # "blk.7.attn_q.weight", "output_norm.weight"

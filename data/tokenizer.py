@@ -23,6 +23,8 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 # other ids for every number.
 DIGITS_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
+LONGEST_TEXT = 200_000  # characters. In a run of a million blanks tiktoken's pattern overflows its stack: panic
+
 
 def check_fields(content: dict, file: Path, **kinds) -> dict:
     """`content` of a JSON file; ValueError: a field is missing or of another kind. A number must be above 0,
@@ -163,6 +165,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text` alone: no bos, no eos, and nothing in it is read as a control token."""
+        if len(text) > LONGEST_TEXT:
+            raise ValueError(f"a text of {len(text):,} characters is too long for any context; shorten it.")
         # half a surrogate pair (a shell can bring one; records that have one are refused) becomes U+FFFD
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         text = unicodedata.normalize("NFC", text) if self.nfc else text
