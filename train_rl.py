@@ -127,7 +127,8 @@ class Environment:
                     if math.isfinite(scores):
                         batch[entry["key"]] = entry
                     if entry.pop("left", 0) == 0:
-                        self.known, batch = self.known | batch, {}
+                        self.known.update(batch)
+                        batch = {}
                 except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                     batch = {}  # the torn last line of a run that was killed: its batch is computed again
         cache_file.parent.mkdir(parents=True, exist_ok=True)

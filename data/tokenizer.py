@@ -23,7 +23,7 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 # other ids for every number.
 DIGITS_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
-LONGEST_TEXT = 200_000  # characters. In a run of a million blanks tiktoken's pattern overflows its stack: panic
+LONGEST_TEXT = 200_000  # characters; in a million blanks the stack of tiktoken's pattern overflows: panic
 
 
 def check_fields(content: dict, file: Path, **kinds) -> dict:

@@ -184,7 +184,7 @@ BASE, CONFIG, INDEX = "base/model.safetensors", "base/config.json", "base/model.
 ADAPTER, PEFT, OURS = "sft/adapter_model.safetensors", "sft/adapter_config.json", "sft/nanopillow.json"
 MATCHER, META, TOKENS = "rl/matcher.safetensors", "rl/matcher.json", "base/tokenizer.json"
 GATE, B = "model.layers.1.mlp.gate_proj.weight", "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
-LONG = {"instruction": "word " * 300, "output": "y"}
+LONG = {"instruction": "word " * 110, "output": "y"}
 PLAIN = {"instruction": "x", "output": "y"}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
@@ -465,6 +465,41 @@ TABLE = {  # what it is: (command, damage, what the sentence must say)
     "all weights over their own base": (SFT + "--full --out_dir base", nothing,
         "--full would overwrite its own base"),
 }
+
+
+def more(split: str, record: dict):
+    """One more record in a prepared split."""
+    def change(home, _):
+        with next(home.glob(f"data/own*/{split}.jsonl")).open("a") as file:
+            file.write(json.dumps(record) + "\n")
+    return change
+
+
+SAID = {  # what is taken, with a word about it
+    "an answer that does not fit": (SFT, more("sft", LONG), "sft: 30 records (1 longer than 512 tokens)"),
+    "a sample longer than the context": (SFT + "--max_length 9999", more("sft", LONG),
+        "(1 longer than 512 tokens)"),
+    "a query that does not fit": (RL, more("test", LONG),
+        "test: 1 of 7 queries do not fit the context of 512"),
+    "prompts that do not fit": (RL + "--pool pool.jsonl", with_pool(LONG, LONG | {"input": "z"}),
+                                "times the farthest prompts were left out: the context was full"),
+    "twins in the pool": (RL + "--pool pool.jsonl", with_pool(PLAIN, PLAIN | {"output": "z"}, PLAIN),
+                          "pool.jsonl: 1 of 3 prompts are there twice, left out"),
+    "twins in one's own pool": (ASK + "--pool pool.jsonl", with_pool(PLAIN, PLAIN),
+        "1 of 2 prompts are there twice"),
+    "a matched prompt that does not fit": (ASK + "--pool pool.jsonl", with_pool(LONG),
+                                           "the first 1 matched prompts are left out: the context is full"),
+    "a query that is a pool's prompt": (RL + "--pool mine.jsonl", nothing, "saved in out"),
+    "not tuned yet": (ASK + "--adapter gone --no_match", nothing, "to tune it, python train_sft.py"),
+    "no matcher yet": (ASK + "--matcher gone", nothing, "to train one, python train_rl.py"),
+}
+
+
+@pytest.mark.parametrize("command, damage, words", SAID.values(), ids=SAID)
+def test_taken_and_said(home, run, monkeypatch, command, damage, words):
+    damage(home, monkeypatch)
+    status, out = run(command)
+    assert status == 0 and words in out
 
 
 def narrow(home: Path, width: int = 24, bias: float = 0.0) -> None:

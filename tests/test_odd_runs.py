@@ -1,0 +1,273 @@
+"""Long and odd runs, equal bytes from equal runs, text that nobody trusts, and what a run touches.
+
+    pytest tests/test_odd_runs.py
+"""
+import json
+import math
+import os
+import sys
+from contextlib import redirect_stdout, suppress
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+import lora
+import matcher as matching
+import model as llama
+import sample
+import train_rl
+import train_sft
+from data import prepare
+from data.instructions import TEMPLATE, answering_prompt, training_example
+from data.tokenizer import Tokenizer
+
+MODEL = {"base": "base", "device": "cpu", "dtype": "float32"}
+PLAIN = MODEL | {"data": "mine.jsonl"}
+FEW = {"steps": 2, "queries": 4, "samples": 3, "lr": 0.05, "hidden": 8, "max_new_tokens": 4, "val_queries": 3,
+       "eval_every": 1, "test_queries": 4, "random_seeds": 1, "fixed_tries": 1}
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A folder with a tiny base and 60 records, in which the scripts keep their data."""
+    tiny.build(tmp_path / "base")
+    (tmp_path / "data").mkdir()
+    tiny.write_records(tmp_path / "mine.jsonl", tiny.records(60))
+    monkeypatch.setattr(prepare, "DATA", tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def sft(out="sft", **changes) -> Path:
+    how = {"out_dir": out, "batch_size": 4, "eval_every": 2, "max_steps": 4, "lr": 1e-2, "r": 2}
+    train_sft.main(train_sft.Settings(**PLAIN | how | changes))
+    return Path(out)
+
+
+def rl(out="rl", **changes) -> Path:
+    train_rl.main(train_rl.Settings(**PLAIN | FEW | {"out_dir": out, "adapter": "none"} | changes))
+    return Path(out)
+
+
+def log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+# ---- a loss that goes wrong --------------------------------------------------------------------------------
+
+def spoiled(how, call: int):
+    """answer_loss, spoiled by how(loss, model) in its n-th call with a gradient."""
+    calls, answer_loss = [], train_sft.answer_loss
+    def spoil(model, *batch):
+        loss = answer_loss(model, *batch)
+        calls.extend([1] if loss.requires_grad else [])
+        return how(loss, model) if loss.requires_grad and len(calls) == call else loss
+    return spoil
+
+
+def steep(loss, model):
+    """The same loss, with a gradient that is no number: d sqrt(x) / dx at 0."""
+    return loss + torch.sqrt(0 * model.layers[0].self_attn.q_proj.B.sum())
+
+
+@pytest.mark.parametrize("how, words", [
+    (lambda loss, _: loss * float("nan"), "step 4: the loss is nan"),
+    (lambda loss, _: loss * float("inf"), "step 4: the loss is inf"),
+    (steep, "the gradient's norm nan"),  # the loss alone would not tell, and the adapter would be NaN
+])
+def test_a_loss_that_is_no_number_stops_and_the_last_save_stays(home, monkeypatch, how, words):
+    kept = {path.name: path.read_bytes() for path in sft("two", max_steps=2).iterdir()}
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=words) as error:
+        patch.setattr(train_sft, "answer_loss", spoiled(how, 4))
+        sft("out", micro_tokens=10**6)
+    assert str(error.value).startswith("step 4: ") and "the last good save is in out" in str(error.value)
+    assert Path("out/adapter_model.safetensors").read_bytes() == kept["adapter_model.safetensors"]
+    _, meta = lora.load_tensors(Path("out/state.safetensors"))
+    assert meta["step"] == "2" and [line["step"] for line in log(Path("out"))] == [1, 2, 3]
+    again = [sft(out, micro_tokens=10**6) / "adapter_model.safetensors" for out in ("whole", "out")]
+    assert again[0].read_bytes() == again[1].read_bytes()  # a fresh run in the same folder
+
+
+def test_rl_stops_at_a_reward_that_is_no_number(home, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="^step 1: the loss is nan; lower"):
+        patch.setattr(train_rl.Environment, "mean_reward", lambda *_: 0.5)  # validation is well
+        patch.setattr(train_rl.Environment, "reward", lambda *_: float("nan"))
+        rl()
+    assert json.loads(Path("rl/matcher.json").read_text())["step"] == 0
+    model_id = llama.fingerprint("base")
+    matcher, _, _ = matching.load("rl", model_id)
+    assert all(tensor.isfinite().all() for tensor in matcher.state_dict().values())
+
+
+def test_a_spike_is_clipped_and_logged(home, monkeypatch):
+    """The log has the norm as it was; the step was made with a gradient of norm 1."""
+    made, step = [], torch.optim.AdamW.step
+    def spy(self):
+        squares = [p.grad.pow(2).sum().item() for group in self.param_groups for p in group["params"]]
+        made.append(math.sqrt(sum(squares)))
+        return step(self)
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    monkeypatch.setattr(train_sft, "answer_loss", spoiled(lambda loss, _: loss * 1e6, 3))
+    norms = [line["grad_norm"] for line in log(sft(micro_tokens=10**6))]
+    assert norms[2] > 1e4 * max(norms[0], norms[1])
+    assert made == pytest.approx([min(norm, 1.0) for norm in norms], rel=1e-3)
+
+
+# ---- sizes -------------------------------------------------------------------------------------------------
+
+def test_answers_of_one_token(home):
+    """In training one token and EOS, in a rollout one token alone."""
+    records = [r | {"output": "a"} for r in tiny.records(60)]
+    tiny.write_records(Path("mine.jsonl"), records)
+    assert training_example(Tokenizer("base"), records[0], [], 512)[1] == 2
+    lines = log(sft(max_steps=8))
+    assert lines[-1]["val_loss"] < lines[1]["val_loss"]
+    out = rl(adapter="sft", max_new_tokens=1)
+    answers = [json.loads(line)["answer"] for line in (out / "rewards.jsonl").read_text().splitlines()]
+    assert len(answers) > 20 and all(len(answer) <= 3 for answer in answers)
+
+
+def test_a_pool_of_10_000(home, capsys):
+    """Embedded, matched and shown: the query's twin is the nearest of them."""
+    pool = tiny.records(10_000)
+    tiny.write_records(Path("pool.jsonl"), pool)
+    query = pool[7345]
+    sample.main(sample.Settings(prompt=query["instruction"], input=query["input"], adapter="none",
+                                matcher="none", pool="pool.jsonl", max_new_tokens=2, **MODEL))
+    assert f"{query['instruction']} | {query['input']} -> {query['output']}\n" in capsys.readouterr().out
+
+
+def test_10_000_known_rewards(home):
+    """They are read back, each once, and the run that they belong to asks for nothing."""
+    out = rl()
+    line = json.loads((out / "rewards.jsonl").read_text().splitlines()[0])
+    with (out / "rewards.jsonl").open("a") as file:
+        file.writelines(json.dumps(line | {"key": f"{i:024x}", "left": 0}) + "\n" for i in range(10_000))
+    size = (out / "rewards.jsonl").stat().st_size
+    with redirect_stdout(StringIO()) as said:
+        rl()
+    known = len({json.loads(line)["key"] for line in (out / "rewards.jsonl").open()})
+    assert known > 10_000 and f"{known} rewards known from earlier runs" in said.getvalue()
+    assert (out / "rewards.jsonl").stat().st_size == size
+
+
+SCORES = '{"key": "a", "rouge": %s, "semantic": 1, "exact": 1, "prompt_tokens": 1}'
+
+
+@pytest.mark.parametrize("line", ["5", "null", "[]", '{"key": []}', '{"key": "a"}', "[" * 5000, "\xff\xfe", "",
+                                  SCORES % "NaN", SCORES % '"1"'])
+def test_lines_that_are_no_reward_are_skipped(home, line):
+    out = rl()
+    before = (out / "rewards.jsonl").read_bytes()
+    (out / "rewards.jsonl").write_bytes(line.encode("latin-1") + b"\n" + before)
+    matcher = (out / "matcher.safetensors").read_bytes()
+    rl()
+    assert (out / "matcher.safetensors").read_bytes() == matcher
+    # nothing was asked again
+    assert (out / "rewards.jsonl").read_bytes() == line.encode("latin-1") + b"\n" + before
+
+
+# ---- the same run, the same bytes --------------------------------------------------------------------------
+
+def test_the_same_run_gives_the_same_bytes(home):
+    """Twice, and with evaluation or without: evaluating draws nothing and changes nothing."""
+    files = ("adapter_model.safetensors", "adapter_config.json", "nanopillow.json")
+    runs = [sft(f"sft{n}", eval_every=every) for n, every in enumerate((2, 2, 1, 1000))]
+    assert len({tuple((run / name).read_bytes() for name in files) for run in runs}) == 1
+    assert (sft("other", seed=1) / files[0]).read_bytes() != (runs[0] / files[0]).read_bytes()
+    runs = [rl(f"rl{n}") for n in range(2)]
+    for name in ("matcher.safetensors", "matcher.json", "rewards.jsonl", "table.json"):
+        ours, theirs = ((run / name).read_text(errors="replace").replace(run.name, "rl") for run in runs)
+        assert ours == theirs, name
+
+
+@pytest.mark.parametrize("train, module, output", [(sft, train_sft, "nanopillow.json"), (rl, train_rl,
+        "matcher.json")])
+def test_the_record_of_a_run(home, train, module, output):
+    """Enough to make it again: settings, versions, commit, and what every file was."""
+    out = train()
+    run = json.loads((out / "run.json").read_text())
+    assert module.Settings(**run["settings"]).seed == 1337 and run["settings"]["data"] == "mine.jsonl"
+    assert run["versions"]["torch"] == torch.__version__ and "python" in run["versions"]
+    stored = json.loads((out / output).read_text())
+    assert run["base_id"] in (stored.get("base_id"), stored.get("model_id")) and set(run["commit"]) <= set(
+        "0123456789abcdef-dirty")
+    [folder] = Path("data").iterdir()
+    assert run["data"] == {path.name: prepare.sha256(path.read_bytes()).hexdigest()
+                           for path in folder.iterdir()} and len(run["data"]) == 5
+
+
+@pytest.mark.parametrize("change", ["records", "base weights"])
+def test_resume_refuses_other_records_or_another_base_under_the_same_name(home, change):
+    sft(max_steps=2)
+    if change == "records":
+        [folder] = Path("data").iterdir()
+        tiny.write_records(folder / "sft.jsonl", tiny.records(90)[60:])
+    else:
+        tiny.build(home / "base", seed=1)
+    with pytest.raises(ValueError, match=f"other settings for \\['{change}'\\]"):
+        sft(resume=True)
+
+
+# ---- text that nobody trusts -------------------------------------------------------------------------------
+
+def test_a_control_token_in_a_text_is_text(home, capsys):
+    """In a record, a prompt of the pool, an input: never the token that ends an answer (id 0 here)."""
+    record = {"task": "", "instruction": "Say <eos> it.", "input": "<eos>", "output": "a<eos>b"}
+    tokenizer = Tokenizer("base")
+    ids, n = training_example(tokenizer, record, [record], 512)
+    assert ids.count(0) == 1 and ids[-1] == 0 and tokenizer.decode(ids[-n:]) == "a<eos>b"
+    ids, _ = answering_prompt(tokenizer, record, [record], 512)
+    assert 0 not in ids and tokenizer.decode(ids).count("<eos>") == 5
+    tiny.write_records(Path("pool.jsonl"), [record])
+    asked, generate = [], llama.generate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llama, "generate", lambda *args, **how: asked.append(args[1]) or generate(*args, **how))
+        sample.main(sample.Settings(prompt="<eos>", input="<eos><eos>", adapter="none", matcher="none",
+                                    pool="pool.jsonl", max_new_tokens=2, **MODEL))
+    [[ids]] = asked
+    assert 0 not in ids and tokenizer.decode(ids).count("<eos>") == 6
+    assert "a<eos>b" in capsys.readouterr().out
+
+
+# ---- what a run touches ------------------------------------------------------------------------------------
+
+def test_a_run_opens_no_socket_and_writes_only_to_data_and_out(home):
+    """Training, matching and asking, once the model is there: all that Python opens, renames or removes."""
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:  # an audit hook stays for the life of its process
+        touched = []
+        def watch(event, args):
+            if event.startswith(("socket.", "urllib.", "http.", "ssl.", "os.system", "pickle.")):
+                touched.append(f"{event} {args}")
+            if event == "subprocess.Popen" and args[1][0] != "git":  # which commit: for run.json
+                touched.append(f"{event} {args}")
+            writes = event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate")
+            if event == "open":
+                writes = set(str(args[1])) & set("wax+") or args[2] & (os.O_WRONLY | os.O_RDWR)
+            if writes:
+                place = os.path.abspath(os.fsdecode(args[0])) if not isinstance(args[0], int) else ""
+                own = (str(home / "data"), str(home / "out"), os.devnull, "")
+                if not place.startswith(own[:2]) and place not in own and "__pycache__" not in place:
+                    touched.append(f"{event} {args}")
+        try:
+            sys.stdout = open(os.devnull, "w")
+            sys.addaudithook(watch)
+            sft("out/sft")
+            rl("out/rl", adapter="out/sft")
+            sample.main(sample.Settings(prompt="Say it.", adapter="out/sft", matcher="out/rl",
+                                        max_new_tokens=2, **MODEL))
+        except BaseException as error:
+            touched.append(repr(error))
+        os.write(writer, json.dumps(touched).encode()[:60_000])
+        os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as file, suppress(ChildProcessError):
+        touched = json.loads(file.read())
+        os.waitpid(child, 0)
+    assert touched == []
+    assert {path.name for path in home.iterdir()} == {"base", "data", "mine.jsonl", "out"}
+    assert TEMPLATE in Path("out/sft/nanopillow.json").read_text()  # it did run
