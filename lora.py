@@ -16,7 +16,6 @@ Try: python -c "import model, lora; print(lora.quantize(model.load('data/base'))
 """
 import json
 import math
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -231,9 +230,27 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict | None =
         temporary.chmod(0o644)  # safetensors writes it readable for its owner alone
 
 
+def json_bytes(content: dict) -> bytes:
+    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+
+
 def save_json(content: dict, path: Path) -> None:
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_bytes(json_bytes(content))
+
+
+def save_with(tensors: dict[str, Tensor], path: Path, others: dict[str, bytes]) -> None:
+    """Tensors, and beside them the small files that say how to read them. A run that is killed must not leave
+    its tensors with an older run's alpha or base: where these files change, the old tensors go first. On a
+    full disk nothing goes, since the new ones must be written by then."""
+    with replacing(path) as temporary:
+        save_tensors(tensors, temporary, {"format": "pt"})
+        for name, content in others.items():
+            file = path.with_name(name)
+            if not file.exists() or file.read_bytes() != content:
+                path.unlink(missing_ok=True)
+                with replacing(file) as new:
+                    new.write_bytes(content)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -256,12 +273,10 @@ def save_model(model: nn.Module, folder: str | Path, base: str | Path) -> None:
             tensors[key] = dequantize(*stored(layer.merged), model.norm.weight.dtype)
         elif isinstance(layer, Int8Linear) and key not in tensors:  # no target of LoRA: written dense
             tensors[key] = layer.dense().to(model.norm.weight.dtype)
-    save_tensors({n if n.startswith("lm_head") else f"model.{n}": t for n, t in tensors.items()},
-                 folder / "model.safetensors", {"format": "pt"})
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json"):
-        if Path(base, name).exists():
-            with replacing(folder / name) as temporary:
-                shutil.copyfile(Path(base, name), temporary)
+    names = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json")
+    save_with({n if n.startswith("lm_head") else f"model.{n}": t for n, t in tensors.items()},
+              folder / "model.safetensors",
+              {name: Path(base, name).read_bytes() for name in names if Path(base, name).exists()})
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -280,12 +295,8 @@ def save_adapter(model: nn.Module, folder: str | Path, base: str, base_id: str, 
               "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True}
     ours = {"base_id": base_id, "int8": any(isinstance(module, Int8Linear) for module in model.modules()),
             "template": template}
-    for name, content in (("adapter_config.json", config), ("nanopillow.json", ours)):
-        if not (folder / name).exists() or read_json(folder / name) != content:
-            # killed between the files, a run must not leave its tensors with an older run's alpha, or base
-            (folder / "adapter_model.safetensors").unlink(missing_ok=True)
-            save_json(content, folder / name)
-    save_tensors(adapter_tensors(model), folder / "adapter_model.safetensors", {"format": "pt"})
+    save_with(adapter_tensors(model), folder / "adapter_model.safetensors",
+              {"adapter_config.json": json_bytes(config), "nanopillow.json": json_bytes(ours)})
 
 
 def load_adapter(model: nn.Module, folder: str | Path, base_id: str, template: str) -> None:

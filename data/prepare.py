@@ -137,6 +137,8 @@ def claim(folder: Path) -> Iterator[None]:
             except BlockingIOError:
                 raise ValueError(f"{folder}: another run is writing there; wait for it, or use another "
                                  "folder") from None
+            for left in (*folder.glob("*.tmp"), *folder.glob(".tmp??????")):  # ours, and safetensors' own
+                left.unlink()  # by a run that was killed while it saved
         yield
     finally:
         if fcntl:

@@ -8,6 +8,7 @@ model, not an import.
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -60,10 +61,11 @@ def go(tmp_path, monkeypatch):
 
     One run in a forked process whose working directory is `folder`; SIGKILL after so many seconds, or before
     the n-th of its operations on the files in out/ and data/.
+    limit: bytes that no file may grow beyond.
     """
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
 
-    def run(folder: Path, command: str, seconds: float | None = None, operation: int = 0):
+    def run(folder: Path, command: str, seconds: float | None = None, operation: int = 0, limit: int = 0):
         reader, writer = os.pipe()
         began = time.perf_counter()
         child = os.fork()
@@ -83,6 +85,8 @@ def go(tmp_path, monkeypatch):
                 sys.stdout = open(os.devnull, "w")
                 sys.argv = command.split()
                 sys.addaudithook(watch)
+                if limit:  # no file may grow beyond it, as on a full disk
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
                 main = SCRIPTS[sys.argv[0]]
                 prepare.cli(main.Settings, main.main)
                 status = 0
@@ -155,7 +159,7 @@ def test_sft_killed_anywhere_resumes_to_the_same_bits(go, prepared, tmp_path):
         ours, theirs = (load_file(f / "state.safetensors") for f in (out, undisturbed))
         assert ours.keys() == theirs.keys() and all((ours[name] == theirs[name]).all() for name in ours)
         steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
-        assert steps == list(range(1, 8)) and not list(out.glob("*.tmp"))
+        assert steps == list(range(1, 8)) and not list(out.glob("*tmp*"))
     assert fresh < KILLS // 2  # most of them had something to go on with
 
 
@@ -172,7 +176,7 @@ def test_rl_killed_anywhere_replays_to_the_same_bits(go, prepared, tmp_path):
         out = folder / "out"
         for name in ("matcher.safetensors", "matcher.json", "table.json", "run.json"):
             assert (out / name).read_bytes() == (undisturbed / name).read_bytes(), name
-        assert rewards(out) == rewards(undisturbed) and not list(out.glob("*.tmp"))
+        assert rewards(out) == rewards(undisturbed) and not list(out.glob("*tmp*"))
 
 
 def test_prepare_killed_anywhere_is_run_again(go, tmp_path, monkeypatch):
@@ -202,6 +206,38 @@ def test_prepare_killed_anywhere_is_run_again(go, tmp_path, monkeypatch):
             assert there in (set(), {name for name in undisturbed if name.startswith(target)})
         assert go(folder, PREPARE)[0] == 0
         assert tree(folder / "data") == undisturbed and not list((folder / "data").glob("part-*"))
+
+
+@pytest.mark.parametrize("command, saved, sizes", [
+    (SFT + " --eval_every 7", SFT + " --max_steps 2", (2000, 5000, 9000)),
+    (RL, RL, (500, 1500, 8000)),
+], ids=["sft", "rl"])
+def test_a_full_disk_loses_nothing(go, prepared, tmp_path, command, saved, sizes):
+    """No room for the adapter, for the state, for a line of the cache: status 1, what was there stays whole,
+    and the same command ends as if nothing had been."""
+    undisturbed = copy(prepared, tmp_path / "undisturbed")
+    assert go(undisturbed, command)[0] == 0
+    for size in sizes:
+        home = copy(prepared, tmp_path / str(size))
+        resume = " --resume" if command.startswith("train_sft") else ""
+        if resume:
+            assert go(home, saved)[0] == 0
+        assert go(home, command + resume, limit=size)[0] == 1
+        whole(home)
+        assert go(home, command + resume)[0] == 0
+        for file in (home / "out").glob("*.safetensors"):
+            ours, theirs = load_file(file), load_file(undisturbed / "out" / file.name)
+            assert all((ours[name] == theirs[name]).all() for name in theirs), file
+
+
+def test_a_full_disk_takes_no_older_adapter_away(go, prepared, tmp_path):
+    """Over the files of a run with another alpha, which go only when the new ones have been written."""
+    home = copy(prepared, tmp_path / "home")
+    assert go(home, SFT + " --alpha 3")[0] == 0
+    names = ("adapter_model.safetensors", "adapter_config.json", "nanopillow.json", "state.safetensors")
+    before = [(home / "out" / name).read_bytes() for name in names]
+    assert go(home, SFT, limit=3000)[0] == 1
+    assert [(home / "out" / name).read_bytes() for name in names] == before
 
 
 # ---- two runs, two files -----------------------------------------------------------------------------------

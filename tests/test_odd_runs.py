@@ -157,8 +157,8 @@ def test_10_000_known_rewards(home):
 SCORES = '{"key": "a", "rouge": %s, "semantic": 1, "exact": 1, "prompt_tokens": 1}'
 
 
-@pytest.mark.parametrize("line", ["5", "null", "[]", '{"key": []}', '{"key": "a"}', "[" * 5000, "\xff\xfe", "",
-                                  SCORES % "NaN", SCORES % '"1"'])
+@pytest.mark.parametrize("line", ["5", "null", "[]", '{"key": []}', '{"key": "a"}', "[" * 5000, "\xff\xfe",
+                                  "", SCORES % "NaN", SCORES % '"1"'])
 def test_lines_that_are_no_reward_are_skipped(home, line):
     out = rl()
     before = (out / "rewards.jsonl").read_bytes()
