@@ -16,6 +16,7 @@ Try: python -c "import model, lora; print(lora.quantize(model.load('data/base'))
 """
 import json
 import math
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -212,15 +213,16 @@ def unmerge(model: nn.Module) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name to write to, renamed to `path` at the end: a killed run leaves the old file or the new
     one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    part = path.with_name(path.name + ".tmp")  # a folder, since safetensors has a temporary file of its own
+    shutil.rmtree(part, ignore_errors=True)  # what a killed run left
+    part.mkdir(parents=True)
     try:
-        yield temporary
-        put(temporary, path)
+        yield part / path.name
+        put(part / path.name, path)
     except SafetensorError as error:  # what a full disk becomes on the way through safetensors
         raise OSError(f"{path}: not written ({error}); free some space and run it again.") from None
     finally:
-        temporary.unlink(missing_ok=True)  # a full disk: what was half written goes
+        shutil.rmtree(part, ignore_errors=True)  # a full disk: what was half written goes
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict | None = None) -> None:

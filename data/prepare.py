@@ -102,7 +102,7 @@ def cli(settings: type, main) -> None:
                 raise
             text = f"out of memory ({text[:90]}); use a smaller model or fewer tokens at once" + kept
         elif getattr(error, "errno", None):  # Python's own words: they name no remedy
-            text = f"{error.filename or out}: {error.strerror}; mend that{kept or ' and run it again'}"
+            text = f"{error.filename or out or ''}: {error.strerror}; mend that{kept or ' and run it again'}"
         # what a broken file holds may be long, and control characters in it would steer the terminal
         text = "".join(c if c.isprintable() else "?" for c in text[:600])
         sys.exit(f"{parser.prog}: {text}")  # text goes to stderr, with status 1
@@ -137,8 +137,8 @@ def claim(folder: Path) -> Iterator[None]:
             except BlockingIOError:
                 raise ValueError(f"{folder}: another run is writing there; wait for it, or use another "
                                  "folder") from None
-            for left in (*folder.glob("*.tmp"), *folder.glob(".tmp??????")):  # ours, and safetensors' own
-                left.unlink()  # by a run that was killed while it saved
+            except OSError:  # a network drive without locks
+                pass
         yield
     finally:
         if fcntl:
@@ -403,7 +403,8 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    base, data = ensure_base(settings.base), ensure_data(settings.data)
+    with scratch():  # clears away what killed runs left, also when there is nothing to do
+        base, data = ensure_base(settings.base), ensure_data(settings.data)
     print(f"base model in {base}\ndata in {data}\ndata/.downloads may go; next: python train_sft.py")
 
 

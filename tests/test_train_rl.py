@@ -190,6 +190,28 @@ def test_semantic_score_of_equal_and_of_empty_answers(llm, tmp_path):
     assert env.similarity(["loud", "", "loud"], ["loud", "loud", "tag"])[:2] == [1.0, 0.0]
 
 
+def test_a_score_does_not_depend_on_what_was_scored_before(llm, tmp_path):
+    """To the last bit, or a run that was killed and replays its cache ends in other weights: an embedding
+    kept from an earlier batch was padded otherwise."""
+    fresh, used = (environment(llm, tmp_path / f"{name}.jsonl") for name in "ab")
+    pairs = [q["output"] for q in QUERIES], [q["input"] for q in QUERIES]
+    used.similarity([a + " and much more of it, " * 9 for a in pairs[0]] + pairs[0], 2 * pairs[1])
+    assert used.similarity(*pairs) == fresh.similarity(*pairs)
+
+
+def test_prompts_that_do_not_fit_go_farthest_first(llm, tmp_path):
+    """As in training and in sample.py: positions beyond the context were never trained."""
+    model, tokenizer = llm
+    pool = [{**p, "input": "word " * n} for p, n in zip(POOL, (10, 40, 40, 70, 5, 110), strict=True)]
+    env = environment(llm, tmp_path / "rewards.jsonl", pool=pool)
+    for picks, kept in (([0, 4], [0, 4]), ([1, 3], [3]), ([3, 2, 4], [2, 4]), ([5, 0], [0]), ([5], [])):
+        [entry] = env.scores(QUERIES[:1], [picks])
+        ids, _ = answering_prompt(tokenizer, QUERIES[0], [pool[j] for j in kept], 512)
+        [alone] = llama.generate(model, [ids], 8, tokenizer.eos, env.stop)
+        assert (entry["answer"], entry["prompt_tokens"]) == (clean_answer(tokenizer, alone), len(ids)), picks
+    assert env.shortened == 4
+
+
 def test_more_prompts_than_prefixes_are_kept(llm, tmp_path, monkeypatch):
     """A pool of over 1,000 prompts: a prefix may be dropped while its batch is still being scored."""
     env = environment(llm, tmp_path / "a.jsonl", replace(SETTINGS, rollout_batch=6))
