@@ -172,6 +172,12 @@ def wheel(body: bytes):
     return lambda _, patch: patch.setattr(prepare.subprocess, "run", pip)
 
 
+def load_raises(error):
+    def load(*_args, **_how):
+        raise error
+    return lambda _, patch: patch.setattr("model.load", load) or patch.setattr("matcher.load_base", load)
+
+
 def nothing(*_):
     pass
 
@@ -458,6 +464,10 @@ TABLE = {  # what it is: (command, damage, what the sentence must say)
     "output below a file": (RL + "--out_dir mine.jsonl/out", nothing,
         "mine.jsonl/out: Not a directory; mend that"),
     "output where nobody may write": (SFT + "--out_dir /proc/out", nothing, "/proc/out: "),
+    "out of memory (PyTorch)": (SFT, load_raises(RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPU"
+        "Allocator: not enough memory: you tried to allocate 9 bytes")),
+        "out of memory ([enforce"),
+    "out of memory (Python)": (RL, load_raises(MemoryError()), "out of memory (); use a smaller model"),
     "nothing to resume": (SFT + "--resume", nothing,
         "state.safetensors is missing: no run to resume; run it without"),
     "the state of something else": (SFT + "--out_dir sft --resume", lambda home, _: shutil.copy(
@@ -490,6 +500,9 @@ SAID = {  # what is taken, with a word about it
     "a matched prompt that does not fit": (ASK + "--pool pool.jsonl", with_pool(LONG),
                                            "the first 1 matched prompts are left out: the context is full"),
     "a query that is a pool's prompt": (RL + "--pool mine.jsonl", nothing, "saved in out"),
+    "a run that was killed before its first save": (SFT + "--resume", lambda home, _: (
+        (home / "out").mkdir(), (home / "out/log.jsonl").touch()),
+        "not saved anything yet: from the beginning"),
     "not tuned yet": (ASK + "--adapter gone --no_match", nothing, "to tune it, python train_sft.py"),
     "no matcher yet": (ASK + "--matcher gone", nothing, "to train one, python train_rl.py"),
 }
