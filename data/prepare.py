@@ -90,7 +90,7 @@ def cli(settings: type, main) -> None:
     try:
         for name, value in vars(s).items():
             if isinstance(value, (int, float)) and not 0 <= value < 1 << 62:  # NaN neither
-                raise ValueError(f"--{name} {value} must be a number from 0 on; see --help")
+                raise ValueError(f"--{name} {value} must be a number from 0 to 2^62; see --help")
         with ExitStack() as stack:
             if out and os.environ.get("RANK", "0") == "0":  # of torchrun's processes the first one writes
                 stack.enter_context(claim(Path(out)))

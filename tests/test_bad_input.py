@@ -463,7 +463,7 @@ TABLE = {  # what it is: (command, damage, what the sentence must say)
     "output is a file": (SFT + "--out_dir mine.jsonl", nothing, "mine.jsonl: File exists; mend that"),
     "output below a file": (RL + "--out_dir mine.jsonl/out", nothing,
         "mine.jsonl/out: Not a directory; mend that"),
-    "output where nobody may write": (SFT + "--out_dir /proc/out", nothing, "/proc/out: "),
+    "output where nobody may write": (SFT + "--out_dir /proc/out", nothing, "/proc"),
     "out of memory (PyTorch)": (SFT, load_raises(RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPU"
         "Allocator: not enough memory: you tried to allocate 9 bytes")),
         "out of memory ([enforce"),

@@ -96,8 +96,9 @@ def fuzz(count: int, one) -> None:
     if (child := os.fork()) == 0:
         failures, refused = [], 0
         try:
-            used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-            resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+            if (statm := Path("/proc/self/statm")).exists():  # Linux; macOS keeps no such limit
+                limit = int(statm.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE") + MEMORY
+                resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
             def watch(event, args):
                 if event.startswith(FORBIDDEN) and watching:
                     os.write(writer, f"{number}: {event} {args}"[:500].encode())

@@ -351,9 +351,11 @@ def test_ctrl_c_in_rl_says_where_and_loses_no_answer(go, prepared, tmp_path, mon
         if len(calls) == 4:
             signal.raise_signal(signal.SIGINT)
         return generate(*args)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
         patch.setattr(llama, "generate", pressed)
         prepare.cli(train_rl.Settings, train_rl.main)
+    signal.signal(signal.SIGINT, handler)
     assert ended.value.code == 130
     assert capsys.readouterr().err == "\ntrain_rl.py: stopped; finished work is kept in out: run it again\n"
     answered = (home / "out/rewards.jsonl").read_text()
