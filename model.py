@@ -92,6 +92,8 @@ class Config:
         if kind == "llama3":
             names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
             check_fields(rope, file, **dict.fromkeys(names, float))
+            span = {"high_freq_factor - low_freq_factor": rope["high_freq_factor"] - rope["low_freq_factor"]}
+            check_fields(span, file, **dict.fromkeys(span, float))  # 0 would make every angle NaN
         if heads % raw["num_key_value_heads"] or raw["head_dim"] % 2 or raw["num_hidden_layers"] > 1000:
             raise ValueError(f"{file}: {heads} heads, {raw['num_key_value_heads']} key/value heads of width "
                              f"{raw['head_dim']} in {raw['num_hidden_layers']} layers are no model of these "

@@ -341,6 +341,9 @@ TABLE = {  # what it is: (command, damage, what the sentence must say)
         "'rope_parameters' must be dict, it is \"linear\""),
     "llama3 rope without a field": (SFT, fields(CONFIG, rope_scaling=LLAMA3),
         "'original_max_position_embeddings'"),
+    "llama3 rope without a span": (SFT, fields(CONFIG, rope_scaling=LLAMA3 | {
+        "low_freq_factor": 4.0, "original_max_position_embeddings": 64}),
+        "'high_freq_factor - low_freq_factor' must be a number above 0, it is 0.0"),
     "sliding window": (SFT, fields(CONFIG, model_type="mistral", sliding_window=64), "sliding_window 64"),
     "window switched on": (SFT, fields(CONFIG, model_type="qwen2", sliding_window=64,
         use_sliding_window=True),
