@@ -12,13 +12,16 @@ width, V vocabulary, L layers.
 Try: python -c "import model; print(model.load('data/base').config)"
 """
 import hashlib
+import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -305,6 +308,19 @@ def weight_files(folder: str | Path) -> list[Path]:
     return sorted({folder / name for name in names})
 
 
+def read_tensors(paths: Sequence[Path]) -> Iterator[tuple[Path, str, Tensor]]:
+    """All tensors of safetensors files, one after the other."""
+    for path in paths:
+        with open_tensors(path) as file:
+            names = list(file.keys())
+        for first in range(0, len(names), 16):
+            # Opened anew, since what was read of a mapped file stays in memory; but not for each tensor: to
+            # read the header 272 times takes longer than to read SmolLM2's weights.
+            with open_tensors(path) as file:
+                for name in names[first:first + 16]:
+                    yield path, name, file.get_tensor(name)
+
+
 def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Transformer:
     """The model in `folder` (Hugging Face layout), frozen.
 
@@ -315,24 +331,19 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "
     with torch.device("meta"):
         model = Transformer(config)
     wanted, state = model.state_dict(), {}
-    for path in weight_files(folder):
-        with open_tensors(path) as file:
-            names = list(file.keys())
-        for name in names:
-            key = name.removeprefix("model.")
-            if key == "lm_head.weight" and config.tie_word_embeddings or key.endswith("inv_freq"):
-                continue  # some files carry a tied head's second copy, old ones the rope table
-            if key not in wanted or key in state:
-                raise ValueError(f"{path}: unexpected tensor '{name}', not in config.json's model; take both "
-                                 "files of one model.")
-            with open_tensors(path) as file:  # anew for each: what was read of a mapped file stays in memory
-                tensor = file.get_tensor(name)
-                if tensor.shape != wanted[key].shape or tensor.dtype not in FLOATS:
-                    raise ValueError(f"{path}: tensor '{name}' is {tensor.dtype} {list(tensor.shape)}, "
-                                     f"but config.json makes it floats {list(wanted[key].shape)}; take both "
-                                     "files of one model.")
-                # copy: keep no memory map of the file, which may be replaced under our feet
-                state[key] = tensor.to(device=device, dtype=dtype, copy=True)
+    for path, name, tensor in read_tensors(weight_files(folder)):
+        key = name.removeprefix("model.")
+        if key == "lm_head.weight" and config.tie_word_embeddings or key.endswith("inv_freq"):
+            continue  # some files carry a tied head's second copy, old ones the rope table
+        if key not in wanted or key in state:
+            raise ValueError(f"{path}: unexpected tensor '{name}', not in config.json's model; take both "
+                             "files of one model.")
+        if tensor.shape != wanted[key].shape or tensor.dtype not in FLOATS:
+            raise ValueError(f"{path}: tensor '{name}' is {tensor.dtype} {list(tensor.shape)}, but "
+                             f"config.json makes it floats {list(wanted[key].shape)}; take both files of one "
+                             "model.")
+        # copy: keep no memory map of the file, which may be replaced under our feet
+        state[key] = tensor.to(device=device, dtype=dtype, copy=True)
     if missing := sorted(set(wanted) - set(state)):
         raise ValueError(f"{folder}: {len(missing)} tensors are missing, e.g. '{missing[0]}'; fetch the "
                          "model again.")
@@ -368,6 +379,18 @@ def pick_device(device: str, dtype: str) -> tuple[str, torch.dtype]:
             cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
         dtype = "bfloat16" if fast else "float32"
     return device, getattr(torch, dtype)
+
+
+def join(device: str) -> tuple[int, int, str]:
+    """(rank, world, device): which of torchrun's processes this is, of how many, and on what it computes.
+    Without torchrun: 0 of 1."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        if rank:
+            sys.stdout = open(os.devnull, "w")  # the first one speaks, fetches, logs and saves for all
+    return rank, world, device
 
 
 # ---- generation ------------------------------------------------------------------------------------------

@@ -24,13 +24,16 @@ import hashlib
 import json
 import math
 import re
+import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -152,8 +155,16 @@ class Environment:
         for key, (query, picks) in todo.items():
             kept = self.fitting(query, picks)
             jobs.append((key, query, kept, self.prompt(query, kept)))
-        for batch in length_sorted_batches([len(prompt) for *_, prompt in jobs], self.s.rollout_batch):
-            self.compute([jobs[i] for i in batch])
+        batches = length_sorted_batches([len(prompt) for *_, prompt in jobs], self.s.rollout_batch)
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        for first in range(0, len(batches), world):  # torchrun's processes compute a batch each
+            mine = first + (dist.get_rank() if world > 1 else 0)
+            entries = self.compute([jobs[i] for i in batches[mine]]) if mine < len(batches) else []
+            for entry in share(entries) if world > 1 else entries:
+                self.file.write(json.dumps(entry) + "\n")
+                del entry["left"]
+                self.known[entry["key"]] = entry
+            self.file.flush()
         return [self.known[k] for k in keys]
 
     def prompt(self, query: Record, picks: Sequence[int]) -> list[int]:
@@ -173,8 +184,8 @@ class Environment:
                 blocks = [exemplar_ids(self.tokenizer, [self.pool[j]]) for j in group]
                 self.prefixes.update(zip(group, llama.prefill(self.model, blocks), strict=True))
 
-    def compute(self, jobs: list[tuple[str, Record, tuple[int, ...], list[int]]]) -> None:
-        """Answers one batch and appends its scores to the cache file."""
+    def compute(self, jobs: list[tuple[str, Record, tuple[int, ...], list[int]]]) -> list[dict]:
+        """One batch's answers and scores."""
         self.prefill({picks[0] for _, _, picks, _ in jobs if picks})
         prompts = [prompt for *_, prompt in jobs]
         prefixes = [self.prefixes[picks[0]] if picks else None for _, _, picks, _ in jobs]
@@ -182,16 +193,14 @@ class Environment:
                                  prefixes)
         texts = [clean_answer(self.tokenizer, ids) for ids in answers]
         semantic = self.similarity(texts, [query["output"] for _, query, _, _ in jobs])
-        left = len(jobs)
+        entries = []
         for (key, query, _, prompt), text, sem, prefix in zip(jobs, texts, semantic, prefixes, strict=True):
-            left -= 1
             spent = len(prompt) + (0 if prefix is None else prefix.size(3))
-            self.known[key] = {"key": key, "answer": text, "rouge": round(rouge_l(text, query["output"]), 6),
-                               "semantic": round(sem, 6), "exact": text == query["output"].strip(),
-                               "prompt_tokens": spent}
-            # left: lines of this batch still to come
-            self.file.write(json.dumps(self.known[key] | {"left": left}) + "\n")
-        self.file.flush()
+            entries.append({"key": key, "answer": text, "rouge": round(rouge_l(text, query["output"]), 6),
+                            "semantic": round(sem, 6), "exact": text == query["output"].strip(),
+                            "prompt_tokens": spent,
+                            "left": len(jobs) - len(entries) - 1})  # lines of this batch still to come
+        return entries
 
     def fitting(self, query: Record, picks: Sequence[int]) -> Sequence[int]:
         """The picks that fit the context with query and answer; those that do not go, the farthest first."""
@@ -216,6 +225,18 @@ class Environment:
 
     def mean_reward(self, queries: Sequence[Record], picks: Sequence[Sequence[int]]) -> float:
         return sum(map(self.reward, self.scores(queries, picks))) / len(queries)
+
+
+def share(entries: list[dict]) -> list[dict]:
+    """What each of torchrun's processes has, joined, in all of them. As text: a pickle could run code."""
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    text = torch.tensor(list(json.dumps(entries).encode()), dtype=torch.uint8, device=device)
+    sizes = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(text)], device=device))
+    longest = max(map(int, sizes))
+    texts = [torch.zeros(longest, dtype=torch.uint8, device=device) for _ in sizes]
+    dist.all_gather(texts, F.pad(text, (0, longest - len(text))))
+    return [e for t, size in zip(texts, sizes, strict=True) for e in json.loads(bytes(t[:size].tolist()))]
 
 
 def leave_one_out(rewards: Tensor) -> Tensor:
@@ -301,6 +322,7 @@ def comparison(env: Environment, matcher: matching.Matcher, queries: Tensor, poo
 def main(s: Settings) -> None:
     out = Path(s.out_dir)
     device, dtype = llama.pick_device(s.device, s.dtype)
+    rank, world, device = llama.join(device)
     ones = ("m", "steps", "queries", "eval_every", "val_queries", "hidden", "max_new_tokens", "rollout_batch",
             "random_seeds", "fixed_tries")
     if s.samples < 2 or s.textual > 1 or min(s.lr, s.scale) <= 0 or min(getattr(s, k) for k in ones) < 1:
@@ -308,7 +330,16 @@ def main(s: Settings) -> None:
                          f"--scale above 0, --textual 0 to 1, and 1 or more: --{', --'.join(ones)}.")
 
     # ---- the environment: frozen LLM, pool, queries ------------------------------------------------------
+    if rank:
+        dist.barrier()  # until the first process has fetched what is missing
     base, data = ensure_base(s.base), ensure_data(s.data)
+    if world > 1:
+        if rank == 0:
+            dist.barrier()
+        # All do the same, the LLM's answers apart, which they share; only the first one's files are kept.
+        scratch = TemporaryDirectory()
+        out = out if rank == 0 else shutil.copytree(out, Path(scratch.name, "out"))
+        dist.barrier()
     tokenizer = Tokenizer(base)
     model, model_id = matching.load_tuned(base, s.adapter, TEMPLATE, dtype, device)
     records = {split: read_records(data / f"{split}.jsonl") for split in ("rl", "val", "test")}

@@ -21,7 +21,6 @@ import math
 import os
 import random
 import signal
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -133,16 +132,11 @@ def main(s: Settings) -> None:
         raise ValueError("--epochs, --batch_size, --micro_tokens, --eval_every and --r must be 1 or more, "
                          "--lr, --alpha and --grad_clip above 0, --warmup and --shots_share at most 1.")
 
-    # ---- processes: torchrun starts them, and says in these variables which one this is ------------------
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-        if rank:
-            sys.stdout = open(os.devnull, "w")  # the first one speaks, fetches, logs and saves for all
-            dist.barrier()  # ... and the others wait here until data and base are on the disk
+    rank, world, device = llama.join(device)
 
     # ---- data: records -> examples with masks ------------------------------------------------------------
+    if rank:
+        dist.barrier()  # until the first process has fetched what is missing
     base, data = ensure_base(s.base), ensure_data(s.data)
     if world > 1 and rank == 0:
         dist.barrier()

@@ -273,6 +273,11 @@ def test_the_key_holds_all_that_an_answer_depends_on(llm, tmp_path):
 
 # ---- whole runs --------------------------------------------------------------------------------------------
 
+TINY = {"adapter": "none", "m": 2, "hidden": 8, "steps": 3, "queries": 4, "samples": 3, "lr": 0.05,
+        "max_new_tokens": 6, "val_queries": 3, "eval_every": 1, "test_queries": 0, "random_seeds": 2,
+        "fixed_tries": 3, "device": "cpu", "dtype": "float32"}
+
+
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """run(out_dir, **changes) -> (environment, trained matcher, picks drawn) of one tiny train_rl.main."""
@@ -299,31 +304,8 @@ def run(tmp_path, monkeypatch):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train_rl, "Environment", SpyEnvironment)
             patch.setattr(matching, "Matcher", SpyMatcher)
-            train_rl.main(
-                Settings(
-                    **{
-                        "base": str(base),
-                        "adapter": "none",
-                        "data": str(data),
-                        "out_dir": str(tmp_path / out),
-                        "m": 2,
-                        "hidden": 8,
-                        "steps": 3,
-                        "queries": 4,
-                        "samples": 3,
-                        "lr": 0.05,
-                        "max_new_tokens": 6,
-                        "val_queries": 3,
-                        "eval_every": 1,
-                        "test_queries": 0,
-                        "random_seeds": 2,
-                        "fixed_tries": 3,
-                        "device": "cpu",
-                        "dtype": "float32",
-                    }
-                    | changes
-                )
-            )
+            flags = {"base": str(base), "data": str(data), "out_dir": str(tmp_path / out)}
+            train_rl.main(Settings(**TINY | flags | changes))
         return seen["env"][0], seen["matcher"][0], seen["drawn"]
     return go
 
@@ -414,3 +396,17 @@ def test_a_query_never_gets_itself(run, tmp_path):
         run("itself", pool=str(tiny.write_records(tmp_path / "pool.jsonl", pool)))
     assert sum(len(picks) for _, picks in asked) > 100
     assert [question for question, picks in asked if question in picks] == []
+
+
+def test_two_processes_are_one(run, tmp_path):
+    """torchrun: the LLM's answers are shared out, so everything else is what one process would have made."""
+    one = {"rollout_batch": 2, "max_new_tokens": 4}
+    run("one", **one)
+    tiny.two_processes("train_rl", tmp_path, TINY | one | {
+        "base": tmp_path / "base", "data": tmp_path / "mine.jsonl", "out_dir": tmp_path / "two"})
+    a, b = tmp_path / "one", tmp_path / "two"
+    assert {f.name for f in a.iterdir()} == {f.name for f in b.iterdir()}
+    for name in ("matcher.safetensors", "matcher.json"):
+        assert (a / name).read_bytes() == (b / name).read_bytes()
+    rewards = [sorted((folder / "rewards.jsonl").read_text().splitlines()) for folder in (a, b)]
+    assert rewards[0] == rewards[1] and len(rewards[0]) > 30

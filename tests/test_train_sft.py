@@ -3,10 +3,8 @@
     pytest tests/test_train_sft.py
 """
 import json
-import os
 import random
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -351,18 +349,10 @@ def test_two_processes_are_one(run, base, tmp_path):
     """torchrun with two processes: each takes half of a step's records, and the losses and the adapter are
     those of one process, but for the order in which the sums are made."""
     one = run("one", max_steps=6)
-    script = tmp_path / "run.py"  # train_sft.py, with its data folder here instead of in data/
-    script.write_text(f"import sys, pathlib\nsys.path.insert(0, {str(ROOT)!r})\nimport train_sft\n"
-                      f"from data import prepare\nprepare.DATA = pathlib.Path({str(tmp_path / 'data')!r})\n"
-                      "prepare.cli(train_sft.Settings, train_sft.main)\n")
     flags = {"base": base, "data": tmp_path / "mine.jsonl", "out_dir": tmp_path / "two", "r": 4, "shots": 2,
              "batch_size": 4, "lr": 1e-2, "eval_every": 5, "max_steps": 6, "device": "cpu",
              "dtype": "float32"}
-    ended = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--",
-         str(script), *(f"--{k}={v}" for k, v in flags.items())],
-        capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert ended.returncode == 0, ended.stderr
+    ended = tiny.two_processes("train_sft", tmp_path, flags)
     assert ended.stdout.count("step 6/6") == 1  # the first process speaks for both
     two = tmp_path / "two"
     assert {f.name for f in two.iterdir()} == {f.name for f in one.iterdir()}

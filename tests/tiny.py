@@ -5,7 +5,10 @@ which is what a test of streaming or of a cache wants. The EOS id is 0, also wha
 code that takes "id == pad" for "padding" fails here (trap 2).
 """
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -20,6 +23,7 @@ from data.tokenizer import Tokenizer, byte_alphabet
 from model import Config, Transformer
 
 torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parent.parent
 MERGES = [("#", "#"), ("##", "#"), ("I", "n"), ("In", "s"), ("t", "h"), ("th", "e"), ("o", "n"), ("e", "r"),
           ("e", "s"), ("R", "es"), ("Ġ", "a"), ("Ġ", "the"), ("Ġ", "Ins")]
 
@@ -127,3 +131,17 @@ def write_gguf(path: Path, weights: dict | None = None) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def two_processes(script: str, home: Path, flags: dict) -> subprocess.CompletedProcess:
+    """torchrun with two processes of train_sft or train_rl, whose data folder is home/data."""
+    file = home / "run.py"
+    file.write_text(f"import sys, pathlib\nsys.path.insert(0, {str(ROOT)!r})\nimport {script} as script\n"
+                    f"from data import prepare\nprepare.DATA = pathlib.Path({str(home / 'data')!r})\n"
+                    "prepare.cli(script.Settings, script.main)\n")
+    ended = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--",
+         str(file), *(f"--{k}={v}" for k, v in flags.items())],
+        capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert ended.returncode == 0, ended.stderr
+    return ended
