@@ -55,6 +55,7 @@ class Settings:
     base: str = opt("smollm2", "base model: smollm2, a Hugging Face folder, or owner/name on the hub")
     data: str = opt("bigbench", "data set that the records are drawn from")
     gguf: str = opt("", "the base as a Q8_0 GGUF file, for llama.cpp; empty: llama.cpp is skipped")
+    figure: str = opt("", "file for the figure of the row growth, such as assets/growth.png; empty: none")
     max_new_tokens: int = opt(8, "longest answer in the rows rollouts and rl")
     seed: int = opt(1337, "seed of the records, pools and picks")
     device: str = opt("auto", "auto (cuda if there is one, else cpu), cpu, cuda, mps")
@@ -446,21 +447,42 @@ def load(b: Bench) -> None:
 
 
 def growth(b: Bench) -> None:
-    """A forward pass without the head, by tokens and rows, and 16 queries' episodes (m = 2), by pool."""
+    """A forward pass without the head, by tokens and by rows, and 16 queries' episodes (m = 2), by pool."""
     model, generator = b.tuned(), torch.Generator().manual_seed(b.s.seed)
-    ways, amount = {}, {}
-    for rows, length in [(1, 2**i) for i in range(6, 12)] + [(4, 64), (16, 64), (64, 64)]:
-        ids = torch.randint(model.config.vocab_size, (rows, length), generator=generator).to(b.device)
-        name = f"forward, {rows} x {length} tokens"
-        ways[name], amount[name] = torch.no_grad()(lambda ids=ids: model(ids)), (rows * length, "tokens/s")
+    ways, points = {}, {}
+    def work(panel: str, x: int, amount: int, way: Callable) -> None:
+        ways[f"{panel} {x}"], points[f"{panel} {x}"] = torch.no_grad()(way), (panel, x, amount)
+    for length in [2**i for i in range(6, 12)]:
+        ids = torch.randint(model.config.vocab_size, (1, length), generator=generator).to(b.device)
+        work("forward, 1 row, tokens:", length, length, lambda ids=ids: model(ids))
+    for rows in [2**i for i in range(7)]:
+        ids = torch.randint(model.config.vocab_size, (rows, 64), generator=generator).to(b.device)
+        work("forward, 64 tokens, rows:", rows, rows * 64, lambda ids=ids: model(ids))
     query = torch.randn(16, model.config.hidden_size, generator=generator)
     for size in (10, 100, 1000, 10_000):
         pool = torch.randn(size, query.size(1), generator=generator)
-        name, pick = f"matcher, pool of {size}", matching.Matcher(pool, train_rl.Settings().hidden).episodes
-        ways[name] = torch.no_grad()(lambda pick=pick, pool=pool: pick(query, pool, 2, greedy=True))
-        amount[name] = (len(query), "queries/s")
+        policy = matching.Matcher(pool, train_rl.Settings().hidden)
+        work("matcher, prompts in the pool:", size, len(query),
+             lambda policy=policy, pool=pool: policy.episodes(query, pool, 2, greedy=True))
+    rates: dict[str, list] = {}
     for name, seconds in alternate(ways, b.s.repeats).items():
-        b.add(name, amount[name][1], amount[name][0] / seconds)
+        panel, x, amount = points[name]
+        unit = "queries/s" if "matcher" in panel else "tokens/s"
+        rates.setdefault(f"{panel}|{unit}", []).append((x, amount / seconds))
+        b.add(name, unit, amount / seconds)
+    if b.s.figure and b.have("matplotlib"):
+        from matplotlib import pyplot
+        figure, axes = pyplot.subplots(1, len(rates), figsize=(11, 3), layout="constrained")
+        for axis, (label, line) in zip(axes, rates.items(), strict=True):
+            panel, unit = label.split("|")
+            axis.plot(*zip(*line, strict=True), "o-")
+            axis.set(title=panel.split(", ")[0], xlabel=panel.split(", ", 1)[1].rstrip(":"), ylabel=unit,
+                     xscale="log", ylim=(0, None), xticks=[x for x, _ in line])
+            axis.set_xticklabels([f"{x:,}" for x, _ in line], fontsize=8)
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+        Path(b.s.figure).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(b.s.figure, dpi=120)
 
 
 ROWS = {row.__name__: row for row in (sft, memory, decode, rollouts, rl, matcher, load, growth)}
