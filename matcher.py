@@ -37,25 +37,21 @@ from model import load as load_base
 
 # ---- the LLM, which embeds and answers --------------------------------------------------------------------
 
-def load_tuned(base: str | Path, adapter: str, template: str, dtype: torch.dtype, device: str,
-               int8: bool = False) -> tuple[Transformer, str]:
+def load_tuned(base: str | Path, adapter: str, template: str, dtype: torch.dtype,
+               device: str) -> tuple[Transformer, str]:
     """(base + adapter merged and frozen, an id of these weights); adapter "none" is the bare base.
 
     The base is made int8 first if the adapter was trained so: it corrects that rounding and no other.
-    int8: the result too, where that is faster: one prompt at a time, in bf16 on a CPU.
     """
     model, identity = load_base(base, dtype, device), fingerprint(base)
-    int8 = int8 and device == "cpu" and dtype == torch.bfloat16
     if adapter != "none":
         ours = Path(adapter) / "nanopillow.json"
         if ours.exists() and read_json(ours, int8=bool)["int8"]:
             quantize(model)
         load_adapter(model, adapter, identity, template)
-        merge(model, int8)
+        merge(model)
         files = [Path(adapter, f"adapter_{name}") for name in ("config.json", "model.safetensors")]
         identity += hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
-    elif int8:
-        quantize(model)
     return model, identity
 
 

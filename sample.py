@@ -101,7 +101,7 @@ def main(s: Settings) -> None:
     if s.adapter != "none" and not Path(s.adapter, "adapter_config.json").exists():
         print(f"(no adapter in {s.adapter}: the base model answers alone; to tune it, python train_sft.py)")
         s.adapter = "none"
-    model, model_id = matching.load_tuned(base, s.adapter, TEMPLATE, dtype, device, int8=True)
+    model, model_id = matching.load_tuned(base, s.adapter, TEMPLATE, dtype, device)
     tokenizer = Tokenizer(base)
     pool = matching.read_pool(s.pool) if s.pool else []
     matcher, vectors, trained_m = None, None, 1

@@ -146,9 +146,9 @@ class Bench:
         lora.save_adapter(model, folder, str(self.base), llama.fingerprint(self.base), text.TEMPLATE)
         return str(folder)
 
-    def tuned(self, int8: bool = False) -> llama.Transformer:
-        """The model as train_rl.py loads it, or (int8) as sample.py does."""
-        return matching.load_tuned(self.base, self.adapter, text.TEMPLATE, self.dtype, self.device, int8)[0]
+    def tuned(self) -> llama.Transformer:
+        """The model as sample.py and train_rl.py load it."""
+        return matching.load_tuned(self.base, self.adapter, text.TEMPLATE, self.dtype, self.device)[0]
 
     def peer(self, folder: Path):
         """The model in `folder`, by transformers."""
@@ -282,10 +282,8 @@ def memory(b: Bench) -> None:
 def decode(b: Bench) -> None:
     """One prompt's whole answer, its prefill included; nobody stops early."""
     prompt, n = b.tokenizer.encode(text.query_text(b.draw("val", 1)[0])), 64
-    bare, unmerged = (lora.quantize(llama.load(b.base, b.dtype, b.device)) for _ in range(2))
-    lora.load_adapter(unmerged, b.adapter, llama.fingerprint(b.base), text.TEMPLATE)
-    ours = {"int8 base alone": bare, "int8 base + LoRA, not merged": unmerged,
-            "as in sample.py": b.tuned(int8=True)}
+    ours = {"int8 base alone": lora.quantize(llama.load(b.base, b.dtype, b.device)),
+            "as in sample.py": b.tuned()}
     # no id is -1: the answers never end
     ways = {name: lambda m=m: llama.generate(m, [prompt], n, eos=-1)[0] for name, m in ours.items()}
     peers = {}
@@ -334,17 +332,17 @@ def peer_answers(b: Bench, peer, prompts: list[list[int]], size: int) -> list[st
 
 
 def rollouts(b: Bench) -> None:
-    """A step's rollouts through the environment of train_rl.py, m = 2, pool of 50, nothing known before.
+    """Two steps' rollouts through the environment of train_rl.py, m = 2, pool of 50, nothing known before.
 
     Ours includes scoring the answers, which the peers do not do. They get the same weights and prompts.
     """
     model, s = b.tuned(), train_rl.Settings(m=2, max_new_tokens=b.s.max_new_tokens)
-    pool, queries = b.draw("pool", 50), b.draw("rl", s.queries)
+    pool, queries = b.draw("pool", 50), b.draw("rl", 2 * s.queries)  # of two steps
     vectors, embedded = (matching.embed_records(model, b.tokenizer, part) for part in (pool, queries))
     with torch.no_grad():
         picks = matching.Matcher(vectors).episodes(embedded.repeat_interleave(s.samples, 0), vectors, s.m,
                                                    generator=torch.Generator().manual_seed(b.s.seed))[0]
-    asked = [q for q in range(s.queries) for _ in range(s.samples)]
+    asked = [q for q in range(len(queries)) for _ in range(s.samples)]
     jobs = list(dict.fromkeys(zip(asked, map(tuple, picks.tolist()), strict=True)))  # each pair once
     # A new environment for every turn, made before the clock starts: no turn finds what another left behind.
     fresh = [train_rl.Environment(model, b.tokenizer, pool, s, "bench", b.scratch / f"rollouts{turn}.jsonl")
