@@ -106,8 +106,8 @@ class Config:
 
 # ---- the network -----------------------------------------------------------------------------------------
 
-# RMSNorm and SwiGLU have their backward written out: what plain autograd keeps of them until backward (fp32
-# copies, silu's output) would be a third of a training run's activations.
+# RMSNorm and SwiGLU have their backward written out, since autograd keeps more of them until then (an fp32
+# copy, silu's output): for a token of a 576-wide model in bf16 2.3 kB instead of 1.2, and 9.2 instead of 6.1.
 
 class Normalise(torch.autograd.Function):
     """w x / rms(x). The mean of squares overflows or loses digits in half precision, hence fp32."""
@@ -192,12 +192,15 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, G, T, D)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         q = q.reshape(B, k.size(1), -1, self.head_dim)  # (B, G, H/G T, D): heads that share keys are its rows
-        if cached is None:  # written out: training takes 40% of the time of the fused kernel and its backward
+        # Written out for short samples: with its backward it takes half the time of the CPU's fused kernel at
+        # 250 tokens, as much at 500. It keeps T^2 numbers a head, so long ones go through the fused one.
+        if cached is None and T <= 512:
             weights = ((q * self.head_dim**-0.5) @ k.transpose(2, 3) + mask).softmax(-1)  # (B, G, H/G T, S)
             y = weights @ v
         else:
-            cached[0, :, :, -T:], cached[1, :, :, -T:] = k, v
-            k, v = cached  # (B, G, S, D): all columns so far
+            if cached is not None:
+                cached[0, :, :, -T:], cached[1, :, :, -T:] = k, v
+                k, v = cached  # (B, G, S, D): all columns so far
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, G, H/G T, D)
         y = y.reshape(B, -1, T, self.head_dim).transpose(1, 2)  # (B, T, H, D)
         return self.o_proj(y.reshape(B, T, -1))  # (B, T, C)
