@@ -22,6 +22,9 @@ Try: python sample.py --pool data/example_pool.jsonl --prompt "Write the order c
 """
 import hashlib
 import json
+import math
+import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -168,6 +171,19 @@ def knn(query: Tensor, pool: Tensor, m: int, blocked: Tensor | None = None) -> T
     """The m prompts nearest to each query: by construction the untrained policy, taken greedily. (B, m)"""
     with torch.no_grad():
         return Matcher(pool, hidden=1).episodes(query, pool, m, greedy=True, blocked=blocked)[0]
+
+
+def bm25(queries: Sequence[Record], pool: Sequence[Record], m: int, blocked: Tensor) -> Tensor:
+    """The m prompts that share the most telling words with each query (Okapi BM25, k1 1.5, b 0.75). (B, m)"""
+    def words(record: Record) -> Counter:
+        return Counter(re.findall(r"\w+", f"{record['instruction']} {record['input']}".lower()))
+    prompts = [words(p) for p in pool]
+    mean = sum(p.total() for p in prompts) / len(pool)
+    holders = Counter(word for p in prompts for word in p)  # in how many prompts a word stands
+    rarity = {word: math.log(1 + (len(pool) - n + 0.5) / (n + 0.5)) for word, n in holders.items()}
+    scores = [[sum(rarity[w] * p[w] * 2.5 / (p[w] + 1.5 * (0.25 + 0.75 * p.total() / mean))
+                   for w in query.keys() & p.keys()) for p in prompts] for query in map(words, queries)]
+    return torch.tensor(scores).masked_fill(blocked, -1).topk(m).indices
 
 
 def random_picks(n_queries: int, n_prompts: int, m: int, generator: torch.Generator,

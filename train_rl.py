@@ -63,6 +63,7 @@ class Settings:
     pool: str = opt("", "file of the prompts to pick from; empty: the data set's own pool split")
     out_dir: str = opt("out/rl", "where matcher, reward cache, log and table go")
     eval_only: bool = opt(False, "no training: the comparison table for the matcher in out_dir")
+    full: str = opt("out/full", "model of train_sft.py --full, for --eval_only's table if it is there")
     # the policy
     m: int = opt(1, "prompts picked for each query")
     hidden: int = opt(128, "width of the towers' hidden layer; wider ones memorise the queries")
@@ -108,7 +109,8 @@ class Environment:
     """The frozen LLM as REINFORCE sees it: (query, picks) -> answer and scores, each computed once."""
 
     def __init__(self, model: llama.Transformer, tokenizer: Tokenizer, pool: list[Record], s: Settings,
-                 identity: str, cache_file: Path):
+                 identity: str, cache_file: Path, judge: "Environment | None" = None):
+        self.judge = judge or self  # its embeddings give the semantic score, the same in a whole comparison
         self.model, self.tokenizer, self.pool, self.s = model, tokenizer, pool, s
         # the pool's answers set the mean and deviation of every semantic score below
         outputs = json.dumps([p["output"] for p in pool])  # the semantic score is standardised by them
@@ -192,7 +194,7 @@ class Environment:
         answers = llama.generate(self.model, prompts, self.s.max_new_tokens, self.tokenizer.eos, self.stop,
                                  prefixes)
         texts = [clean_answer(self.tokenizer, ids) for ids in answers]
-        semantic = self.similarity(texts, [query["output"] for _, query, _, _ in jobs])
+        semantic = self.judge.similarity(texts, [query["output"] for _, query, _, _ in jobs])
         entries = []
         for (key, query, _, prompt), text, sem, prefix in zip(jobs, texts, semantic, prefixes, strict=True):
             spent = len(prompt) + (0 if prefix is None else prefix.size(3))
@@ -266,55 +268,70 @@ def interval(differences: Tensor, generator: torch.Generator) -> str:
     return f"{differences.mean() * 100:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
-def comparison(env: Environment, matcher: matching.Matcher, queries: Tensor, pool: Tensor,
+def comparison(envs: dict[str, Environment], matcher: matching.Matcher, queries: Tensor, pool: Tensor,
                test: list[Record], val: list[Record], seen_tasks: set[str], s: Settings) -> dict:
     """Every way to pick prompts on the same test queries (embedded: queries (N, C), pool (P, C)), through the
-    same code; prints the table, returns it."""
+    same code; prints two tables, returns them. envs: "LoRA", and for comparison maybe "base" and "full"."""
+    env = envs["LoRA"]
     blocked = matching.same_question(test, env.pool)
     with torch.no_grad():
-        learned = matcher.episodes(queries, pool, s.m, greedy=True, blocked=blocked)[0]
-    ways = {"no prompt": [[[]] * len(test)],
-            "random": [matching.random_picks(len(test), len(env.pool), s.m,
-                                             torch.Generator().manual_seed(s.seed + i), blocked).tolist()
-                       for i in range(s.random_seeds)],
-            "best fixed": [same_for_all(best_fixed(env, val[:32], s), blocked)],
-            "nearest (kNN)": [matching.knn(queries, pool, s.m, blocked).tolist()],
-            "learned": [learned.tolist()]}
+        learned = [matcher.episodes(queries, pool, s.m, greedy=True, blocked=blocked)[0].tolist()]
+    none = [[[]] * len(test)]
+    random = [matching.random_picks(len(test), len(env.pool), s.m, torch.Generator().manual_seed(s.seed + i),
+                                    blocked).tolist() for i in range(s.random_seeds)]
+    ways = [("no prompt", "LoRA", none), ("random", "LoRA", random),
+            ("best fixed", "LoRA", [same_for_all(best_fixed(env, val[:32], s), blocked)]),
+            ("same words (BM25)", "LoRA", [matching.bm25(test, env.pool, s.m, blocked).tolist()]),
+            ("nearest (kNN)", "LoRA", [matching.knn(queries, pool, s.m, blocked).tolist()]),
+            ("learned", "LoRA", learned),
+            ("base, no prompt", "base", none),
+            ("full fine-tuning, no prompt", "full", none), ("full fine-tuning, learned", "full", learned)]
     seen = torch.tensor([q["task"] in seen_tasks for q in test])
     rows, rouge, oracle = {}, {}, torch.zeros(len(test))
-    for name, runs in ways.items():
+    for name, which, runs in ways:
+        if which not in envs:
+            continue
         print(f"answering {len(test)} test queries: {name}", flush=True)
-        entries = [env.scores(test, picks) for picks in runs]
+        entries = [envs[which].scores(test, picks) for picks in runs]
         def column(key: str, entries=entries) -> Tensor:  # (runs, N)
             return torch.tensor([[float(e[key]) for e in run] for run in entries])
         rouge[name], exact = column("rouge").mean(0), column("exact").mean(0)  # (N): the mean over seeds
-        oracle = torch.maximum(oracle, column("rouge").amax(0))
+        if which == "LoRA":
+            oracle = torch.maximum(oracle, column("rouge").amax(0))
         own_task = [any(env.pool[j]["task"] == query["task"] for j in picks)
                     for run in runs for query, picks in zip(test, run, strict=True)]
+        words = [len(e["answer"].split()) for run in entries for e in run]
         rows[name] = {"rouge_seen": rouge[name][seen].mean(), "rouge_new": rouge[name][~seen].mean(),
                       "exact_seen": exact[seen].mean(), "exact_new": exact[~seen].mean(),
                       "semantic": column("semantic").mean(), "right_task": sum(own_task) / len(own_task),
-                      "prompt_tokens": column("prompt_tokens").mean() / 100}
-    rows["best of these"] = {"rouge_seen": oracle[seen].mean(), "rouge_new": oracle[~seen].mean()}
+                      "prompt_tokens": column("prompt_tokens").mean() / 100,
+                      "answer_words": sum(words) / len(words) / 100}
+    rows["best of LoRA's"] = {"rouge_seen": oracle[seen].mean(), "rouge_new": oracle[~seen].mean()}
     # without new tasks (or seen ones) their mean is NaN, which is no JSON: such a column is left out
     rows = {name: {k: round(100 * float(v), 2) for k, v in row.items() if v == v}
             for name, row in rows.items()}
 
-    columns = list(rows["learned"])
+    def show(table: dict[str, dict[str, float | str]]) -> None:
+        columns = list(table["learned"])
+        print(f"| prompts | {' | '.join(columns)} |\n|---" + "|---:" * len(columns) + "|")
+        for name, row in table.items():
+            print(f"| {name} | {' | '.join(str(row.get(k, '')) for k in columns)} |")
+        print()
     print(f"\n{len(test)} test queries, {int(seen.sum())} of them of tasks seen in fine-tuning; m = {s.m}, "
-          f"pool of {len(env.pool)}; points of 100, prompt_tokens in tokens\n")
-    print(f"| prompts | {' | '.join(columns)} |\n|---" + "|---:" * len(columns) + "|")
-    for name, row in rows.items():
-        print(f"| {name} | {' | '.join(f'{row[k]:.1f}' if k in row else '' for k in columns)} |")
-    print()
-    generator = torch.Generator().manual_seed(0)
+          f"pool of {len(env.pool)}; points of 100, prompt_tokens and answer_words counted\n")
+    show(rows)
+    gaps: dict[str, dict] = {name: {} for name in rouge}
     for other in ("no prompt", "nearest (kNN)"):
-        for part, rows_of_it in (("seen", seen), ("new", ~seen)):
-            if rows_of_it.any():
-                gap = interval((rouge["learned"] - rouge[other])[rows_of_it], generator)
-                rows[f"learned minus {other}, {part} tasks"] = gap
-                print(f"learned minus {other}, {part} tasks: {gap} ROUGE-L points (95% paired bootstrap)")
-    return rows
+        for part, of in (("seen", seen), ("new", ~seen)):
+            for name in rouge if of.any() else ():
+                gaps[name][f"{part} minus {other}"] = interval(
+                    (rouge[name] - rouge[other])[of], torch.Generator().manual_seed(0))
+    for name in rouge:
+        gap = rouge[name] - rouge["nearest (kNN)"]
+        gaps[name]["won / tied / lost to kNN"] = f"{(gap > 0).sum()} / {(gap == 0).sum()} / {(gap < 0).sum()}"
+    print("differences in ROUGE-L points with their 95% intervals (paired bootstrap over the queries)\n")
+    show(gaps)
+    return {"rows": rows, "gaps": gaps}
 
 
 # ---- the run ----------------------------------------------------------------------------------------------
@@ -430,11 +447,17 @@ def main(s: Settings) -> None:
             log.write(json.dumps({k: round(v, 5) for k, v in line.items()}) + "\n")
             log.flush()
         matcher, _, _ = matching.load(out, model_id)  # the best one, which may be step 0: kNN
-    table = comparison(env, matcher, embed(records["test"]), pool_vectors, records["test"], records["val"],
-                       seen_tasks, s)
+    envs = {"LoRA": env}
+    for name, folder in (("base", base if s.adapter != "none" else ""), ("full", s.full)) * s.eval_only:
+        if folder and Path(folder).is_dir():  # what LoRA with prompts is compared with
+            other, other_id = matching.load_tuned(folder, "none", TEMPLATE, dtype, device)
+            envs[name] = Environment(other, tokenizer, pool, s, f"{other_id} {dtype}, judge {model_id}",
+                                     out / "rewards.jsonl", judge=env)
+    tables = comparison(envs, matcher, embed(records["test"]), pool_vectors, records["test"], records["val"],
+                        seen_tasks, s)
     if env.shortened:
         print(f"({env.shortened} times the farthest prompts were left out: the context was full)")
-    lora.save_json({"settings": asdict(s), "rows": table}, out / "table.json")
+    lora.save_json({"settings": asdict(s)} | tables, out / "table.json")
     print(f"saved in {out}. next: python sample.py --prompt \"...\"")
 
 

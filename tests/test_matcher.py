@@ -4,6 +4,7 @@
 """
 import itertools
 import math
+import random
 
 import pytest
 import tiny
@@ -203,3 +204,29 @@ def test_save_and_load_bring_back_policy_pool_and_m(tmp_path):
     picks = loaded.episodes(queries, unseen, 3, greedy=True)[0]
     assert picks.shape == (20, 3) and picks.max() >= 8
     assert sorted(f.name for f in tmp_path.iterdir()) == ["matcher.json", "matcher.safetensors"]
+
+
+def test_bm25_against_the_formula():
+    """Okapi's sum, word by word, on random records; a blocked prompt is never picked."""
+    draw, vocabulary = random.Random(0), "the the the write date code rare long in tags".split()
+    def record():
+        words = draw.choices(vocabulary, k=draw.randint(1, 9))
+        question = {"instruction": " ".join(words).title(), "input": draw.choice(vocabulary)}
+        return {"task": "", **question, "output": "x"}
+    queries, pool = [record() for _ in range(20)], [record() for _ in range(12)]
+    texts = [f"{p['instruction']} {p['input']}".lower().split() for p in pool]
+    blocked = torch.rand(20, 12, generator=torch.Generator().manual_seed(0)) < 0.3
+    picks = matching.bm25(queries, pool, 3, blocked)
+    for query, picked, no in zip(queries, picks.tolist(), blocked, strict=True):
+        scores = []
+        for text in texts:
+            score = 0.0
+            for word in set(f"{query['instruction']} {query['input']}".lower().split()):
+                n, f = sum(word in t for t in texts), text.count(word)
+                length = len(text) / (sum(map(len, texts)) / len(texts))
+                idf = math.log(1 + (12 - n + 0.5) / (n + 0.5))
+                score += idf * f * 2.5 / (f + 1.5 * (0.25 + 0.75 * length))
+            scores.append(score)
+        best = sorted((-score, j) for j, score in enumerate(scores) if not no[j])[:3]
+        assert [scores[j] for j in picked] == pytest.approx([-score for score, _ in best], abs=1e-6)
+        assert not no[picked].any()

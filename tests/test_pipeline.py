@@ -72,7 +72,8 @@ def test_the_whole_way_on_the_real_model(tmp_path):
              "run.json"}
     assert {f.name for f in rl.iterdir()} == files
     rows = json.loads((rl / "table.json").read_text())["rows"]
-    assert {"no prompt", "random", "best fixed", "nearest (kNN)", "learned", "best of these"} <= rows.keys()
+    assert {"no prompt", "random", "best fixed", "same words (BM25)", "nearest (kNN)",
+            "learned"} <= rows.keys()
     # eight queries say little; but the nearest prompts are often of the right task, and no prompt never is
     assert rows["nearest (kNN)"]["right_task"] > 0 == rows["no prompt"]["right_task"]
     known = (rl / "rewards.jsonl").read_bytes()

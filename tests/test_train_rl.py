@@ -289,8 +289,8 @@ def run(tmp_path, monkeypatch):
     def go(out, **changes):
         seen = {"env": [], "matcher": [], "drawn": []}
         class SpyEnvironment(Environment):
-            def __init__(self, *args):
-                super().__init__(*args)
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs)
                 seen["env"].append(self)
         class SpyMatcher(matching.Matcher):
             def __init__(self, *args, **kwargs):
@@ -310,7 +310,8 @@ def run(tmp_path, monkeypatch):
     return go
 
 
-ROWS = ["no prompt", "random", "best fixed", "nearest (kNN)", "learned", "best of these"]
+ROWS = ["no prompt", "random", "best fixed", "same words (BM25)", "nearest (kNN)", "learned",
+        "best of LoRA's"]
 
 
 def strict(text: str):
@@ -332,8 +333,8 @@ def test_run_end_to_end_and_again(run, tmp_path):
     assert any(p.abs().max() > 0 for p in (matcher.prompt_tower.down.weight, matcher.state_tower.down.weight))
     assert all(p.isfinite().all() for p in matcher.parameters())
     table = strict((out / "table.json").read_text())["rows"]
-    assert [name for name in table if not name.startswith("learned minus")] == ROWS
-    assert table["best of these"]["rouge_seen"] >= max(table[name]["rouge_seen"] for name in ROWS[:-1])
+    assert list(table) == ROWS
+    assert table["best of LoRA's"]["rouge_seen"] >= max(table[name]["rouge_seen"] for name in ROWS[:-1])
     # what is kept is the best by validation: a step of the log, or step 0, which is kNN
     kept, rewards = strict((out / "matcher.json").read_text()), [line["val_reward"] for line in lines]
     assert kept["val_reward"] >= max(rewards) - 1e-5
@@ -371,6 +372,24 @@ def test_eval_only_repeats_the_table_from_the_cache(run, tmp_path, capsys):
     other = tiny.write_records(tmp_path / "other.jsonl", tiny.records(90)[75:])
     env, _, _ = run("own", eval_only=True, pool=str(other))  # a --pool given with --eval_only replaces it
     assert env.pool == tiny.records(90)[75:] and env.computed > 0
+
+
+def test_other_models_stand_in_the_table(run, tmp_path):
+    """--eval_only: the base alone and full fine-tuning beside LoRA, one judge for all of them."""
+    base, adapter, _ = tiny.trained(tmp_path)
+    tuned = tiny.build(tmp_path / "full", seed=3)
+    flags = {"base": str(base), "adapter": str(adapter), "full": str(tuned)}
+    run("out", **flags)
+    run("out", **flags, eval_only=True)
+    table = strict((tmp_path / "out" / "table.json").read_text())
+    others = ["base, no prompt", "full fine-tuning, no prompt", "full fine-tuning, learned"]
+    assert list(table["rows"]) == [*ROWS[:-1], *others, ROWS[-1]]
+    answers = [table["rows"][name] for name in ("no prompt", *others)]
+    assert all(a != b for a, b in itertools.combinations(answers, 2))  # four different models and ways
+    gaps = table["gaps"]
+    assert gaps["nearest (kNN)"]["seen minus nearest (kNN)"] == "+0.0 [+0.0, +0.0]"
+    won, tied, lost = map(int, gaps["learned"]["won / tied / lost to kNN"].split(" / "))
+    assert won + tied + lost == 6 and gaps["no prompt"].keys() == gaps["learned"].keys()
 
 
 def test_evaluating_does_not_change_the_draws(run):
