@@ -117,7 +117,7 @@ class Environment:
         self.identity = [identity, hashlib.sha256(outputs.encode()).hexdigest()]
         self.stop = tokenizer.encode(NEXT_BLOCK)
         blocks = [len(exemplar_ids(tokenizer, [p])) for p in pool]
-        self.groups = length_sorted_batches(blocks, 8)  # of the pool, prefilled together
+        self.groups = length_sorted_batches(blocks, 4)  # of the pool, prefilled together
         self.prefixes: dict[int, Tensor] = {}  # pool index -> keys and values of that prompt's block
         references = matching.embed(model, [tokenizer.encode(p["output"]) for p in pool])
         self.mean, self.deviation = references.mean(0), references.std(0, unbiased=False).clamp(min=1e-3)
