@@ -217,11 +217,16 @@ def replacing(path: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)  # a full disk: what was half written goes
 
 
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict | None = None) -> None:
+    """To a name that `replacing` gave."""
+    save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, path,
+              metadata={k: str(v) for k, v in (metadata or {}).items()})
+    path.chmod(0o644)  # safetensors writes it readable for its owner alone
+
+
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict | None = None) -> None:
     with replacing(path) as temporary:
-        save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, temporary,
-                  metadata={k: str(v) for k, v in (metadata or {}).items()})
-        temporary.chmod(0o644)  # safetensors writes it readable for its owner alone
+        write_tensors(tensors, temporary, metadata)
 
 
 def json_bytes(content: dict) -> bytes:
@@ -238,7 +243,7 @@ def save_with(tensors: dict[str, Tensor], path: Path, others: dict[str, bytes]) 
     its tensors with an older run's alpha or base: where these files change, the old tensors go first. On a
     full disk nothing goes, since the new ones must be written by then."""
     with replacing(path) as temporary:
-        save_tensors(tensors, temporary, {"format": "pt"})
+        write_tensors(tensors, temporary, {"format": "pt"})
         for name, content in others.items():
             file = path.with_name(name)
             if not file.exists() or file.read_bytes() != content:
@@ -310,10 +315,10 @@ def load_adapter(model: nn.Module, folder: str | Path, base_id: str, template: s
                              "plain LoRA with PEFT.")
     ours = folder / "nanopillow.json"
     if ours.exists():
-        stored = read_json(ours, base_id=str, int8=bool, template=str)
+        made = read_json(ours, base_id=str, int8=bool, template=str)
         for field, now in (("base_id", base_id), ("template", template)):
-            if stored[field] != now:
-                raise ValueError(f"{ours}: the adapter was trained with {field} {stored[field]}, but this "
+            if made[field] != now:
+                raise ValueError(f"{ours}: the adapter was trained with {field} {made[field]}, but this "
                                  f"run has {now}; use the matching --base, or train again.")
     targets = config["target_modules"]
     if targets in ("all-linear", ["all-linear"]):

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from data.instructions import Record, check_record, length_sorted_batches, read_records
 from data.tokenizer import Tokenizer
 from lora import load_adapter, load_tensors, merge, quantize, save_json, save_tensors
-from model import Transformer, fingerprint, read_json
+from model import Transformer, fingerprint, pad, read_json
 from model import load as load_base
 
 # ---- the LLM, which embeds and answers --------------------------------------------------------------------
@@ -67,11 +67,8 @@ def embed(model: Transformer, texts: Sequence[list[int]], batch_size: int = 16) 
     texts = [text[:model.config.max_position_embeddings] for text in texts]
     vectors = torch.zeros(len(texts), model.config.hidden_size)  # (N, C)
     for batch in length_sorted_batches([len(t) for t in texts], batch_size):
-        longest = max(1, max(len(texts[i]) for i in batch))
-        ids = torch.zeros(len(batch), longest, dtype=torch.long)  # (B, T), padded at the right
-        real = torch.zeros(len(batch), longest, 1)  # (B, T, 1)
-        for row, i in enumerate(batch):
-            ids[row, :len(texts[i])], real[row, :len(texts[i])] = torch.tensor(texts[i], dtype=torch.long), 1
+        ids, real = pad([texts[i] for i in batch])  # (B, T)
+        real = real[..., None].float()  # (B, T, 1)
         hidden = model(ids.to(model.embed_tokens.weight.device)).float().cpu()  # (B, T, C)
         vectors[batch] = (hidden * real).sum(1) / real.sum(1).clamp(min=1)
     return vectors

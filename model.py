@@ -396,10 +396,32 @@ def join(device: str) -> tuple[int, int, str]:
     return rank, world, device
 
 
+@contextmanager
+def first_alone(rank: int, world: int) -> Iterator[None]:
+    """torchrun's first process goes through the body before the others do, who then find what it fetched."""
+    if rank:
+        dist.barrier()
+    yield
+    if world > 1 and rank == 0:
+        dist.barrier()
+
+
 # ---- generation ------------------------------------------------------------------------------------------
 
 def greedy(logits: Tensor) -> Tensor:  # (B, V) -> (B)
     return logits.argmax(-1)
+
+
+def pad(texts: Sequence[list[int]], left: bool = False) -> tuple[Tensor, Tensor]:
+    """Texts of any length -> ids (B, T), filled up with zeros, and which of them are real (B, T)."""
+    width = max(1, max(map(len, texts)))
+    ids = torch.zeros(len(texts), width, dtype=torch.long)  # (B, T)
+    real = torch.zeros(len(texts), width, dtype=torch.bool)  # (B, T)
+    for row, text in enumerate(texts):
+        start = width - len(text) if left else 0
+        ids[row, start:start + len(text)] = torch.tensor(text, dtype=torch.long)
+        real[row, start:start + len(text)] = True
+    return ids, real
 
 
 @torch.no_grad()
@@ -417,12 +439,10 @@ def generate(model: Transformer, prompts: Sequence[list[int]], max_new_tokens: i
     prefixes = prefixes or [None] * len(prompts)
     device = model.embed_tokens.weight.device
     before = max(0 if p is None else p.size(3) for p in prefixes)  # columns of the longest prefix
-    width = max(map(len, prompts))
-    cache = Cache(model.config, len(prompts), before + width + max_new_tokens, model.embed_tokens.weight)
-    ids = torch.zeros(len(prompts), width, dtype=torch.long)  # (B, T)
-    real = torch.zeros(len(prompts), width, dtype=torch.bool)  # (B, T)
-    for row, (prompt, prefix) in enumerate(zip(prompts, prefixes, strict=True)):
-        ids[row, width - len(prompt):], real[row, width - len(prompt):] = torch.tensor(prompt), True
+    ids, real = pad(prompts, left=True)  # (B, T)
+    cache = Cache(model.config, len(prompts), before + ids.size(1) + max_new_tokens,
+                  model.embed_tokens.weight)
+    for row, prefix in enumerate(prefixes):
         if prefix is not None:
             cache.kv[:, :, row, :, before - prefix.size(3):before] = prefix
             cache.real[row, before - prefix.size(3):before] = True
@@ -453,11 +473,7 @@ def generate(model: Transformer, prompts: Sequence[list[int]], max_new_tokens: i
 def prefill(model: Transformer, texts: Sequence[list[int]]) -> list[Tensor]:
     """Keys and values (L, 2, G, P, D) of each text, P its tokens; it will stand before many others."""
     device = model.embed_tokens.weight.device
-    width = max(map(len, texts))
-    cache = Cache(model.config, len(texts), width, model.embed_tokens.weight)
-    ids = torch.zeros(len(texts), width, dtype=torch.long)  # (B, T), padded at the right
-    real = torch.zeros(len(texts), width, dtype=torch.bool)  # (B, T)
-    for row, text in enumerate(texts):
-        ids[row, :len(text)], real[row, :len(text)] = torch.tensor(text), True
+    ids, real = pad(texts)  # (B, T)
+    cache = Cache(model.config, *ids.shape, model.embed_tokens.weight)
     model(ids.to(device), cache, real.to(device))
     return [cache.kv[:, :, row, :, :len(text)].clone() for row, text in enumerate(texts)]

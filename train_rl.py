@@ -112,15 +112,15 @@ class Environment:
                  identity: str, cache_file: Path, judge: "Environment | None" = None):
         self.judge = judge or self  # its embeddings give the semantic score, the same in a whole comparison
         self.model, self.tokenizer, self.pool, self.s = model, tokenizer, pool, s
-        # the pool's answers set the mean and deviation of every semantic score below
         outputs = json.dumps([p["output"] for p in pool])  # the semantic score is standardised by them
         self.identity = [identity, hashlib.sha256(outputs.encode()).hexdigest()]
         self.stop = tokenizer.encode(NEXT_BLOCK)
-        blocks = [len(exemplar_ids(tokenizer, [p])) for p in pool]
-        self.groups = length_sorted_batches(blocks, 4)  # of the pool, prefilled together
+        self.blocks = [exemplar_ids(tokenizer, [p]) for p in pool]
+        self.groups = length_sorted_batches([len(ids) for ids in self.blocks], 4)  # prefilled together
         self.prefixes: dict[int, Tensor] = {}  # pool index -> keys and values of that prompt's block
-        references = matching.embed(model, [tokenizer.encode(p["output"]) for p in pool])
-        self.mean, self.deviation = references.mean(0), references.std(0, unbiased=False).clamp(min=1e-3)
+        if self.judge is self:
+            references = matching.embed(model, [tokenizer.encode(p["output"]) for p in pool])
+            self.mean, self.deviation = references.mean(0), references.std(0, unbiased=False).clamp(min=1e-3)
         self.asked = self.computed = self.shortened = 0
         self.known: dict[str, dict] = {}
         if cache_file.exists():
@@ -153,10 +153,7 @@ class Environment:
         keys = [self.key(q, p) for q, p in zip(queries, picks, strict=True)]
         todo = {k: (q, tuple(p)) for k, q, p in zip(keys, queries, picks, strict=True) if k not in self.known}
         self.asked, self.computed = self.asked + len(keys), self.computed + len(todo)
-        jobs = []
-        for key, (query, picks) in todo.items():
-            kept = self.fitting(query, picks)
-            jobs.append((key, query, kept, self.prompt(query, kept)))
+        jobs = [(key, query, *self.prompt(query, picks)) for key, (query, picks) in todo.items()]
         batches = length_sorted_batches([len(prompt) for *_, prompt in jobs], self.s.rollout_batch)
         world = dist.get_world_size() if dist.is_initialized() else 1
         for first in range(0, len(batches), world):  # torchrun's processes compute a batch each
@@ -169,10 +166,14 @@ class Environment:
             self.file.flush()
         return [self.known[k] for k in keys]
 
-    def prompt(self, query: Record, picks: Sequence[int]) -> list[int]:
-        """What the LLM reads after the first pick's block."""
-        rest = exemplar_ids(self.tokenizer, [self.pool[j] for j in picks[1:]])
-        return rest[len(self.tokenizer.bos) if picks else 0:] + self.tokenizer.encode(query_text(query))
+    def prompt(self, query: Record, picks: tuple[int, ...]) -> tuple[tuple[int, ...], list[int]]:
+        """(the picks that fit the context with query and answer: others go, the farthest first; what the LLM
+        reads after the first pick's block)."""
+        ids, kept = answering_prompt(self.tokenizer, query, [self.pool[j] for j in picks],
+                                     self.model.config.max_position_embeddings - self.s.max_new_tokens)
+        self.shortened += kept < len(picks)
+        picks = picks[len(picks) - kept:]
+        return picks, ids[len(self.blocks[picks[0]]) if picks else 0:]
 
     def prefill(self, firsts: set[int]) -> None:
         """Keys and values of prompts that come first: nothing stands before them, so they are computed once
@@ -183,8 +184,8 @@ class Environment:
             del self.prefixes[j]
         for group in self.groups:
             if firsts & set(group) - set(self.prefixes):
-                blocks = [exemplar_ids(self.tokenizer, [self.pool[j]]) for j in group]
-                self.prefixes.update(zip(group, llama.prefill(self.model, blocks), strict=True))
+                made = llama.prefill(self.model, [self.blocks[j] for j in group])
+                self.prefixes.update(zip(group, made, strict=True))
 
     def compute(self, jobs: list[tuple[str, Record, tuple[int, ...], list[int]]]) -> list[dict]:
         """One batch's answers and scores."""
@@ -203,13 +204,6 @@ class Environment:
                             "prompt_tokens": spent,
                             "left": len(jobs) - len(entries) - 1})  # lines of this batch still to come
         return entries
-
-    def fitting(self, query: Record, picks: Sequence[int]) -> Sequence[int]:
-        """The picks that fit the context with query and answer; those that do not go, the farthest first."""
-        kept = answering_prompt(self.tokenizer, query, [self.pool[j] for j in picks],
-                                self.model.config.max_position_embeddings - self.s.max_new_tokens)[1]
-        self.shortened += kept < len(picks)
-        return picks[len(picks) - kept:]
 
     def similarity(self, answers: list[str], references: list[str]) -> list[float]:
         """Cosine of mean-pooled, standardised embeddings, negative ones cut to 0; 1 for equal texts."""
@@ -347,12 +341,9 @@ def main(s: Settings) -> None:
                          f"--scale above 0, --textual 0 to 1, and 1 or more: --{', --'.join(ones)}.")
 
     # ---- the environment: frozen LLM, pool, queries ------------------------------------------------------
-    if rank:
-        dist.barrier()  # until the first process has fetched what is missing
-    base, data = ensure_base(s.base), ensure_data(s.data)
+    with llama.first_alone(rank, world):
+        base, data = ensure_base(s.base), ensure_data(s.data)
     if world > 1:
-        if rank == 0:
-            dist.barrier()
         # All do the same, the LLM's answers apart, which they share; only the first one's files are kept.
         scratch = TemporaryDirectory()
         out = out if rank == 0 else shutil.copytree(out, Path(scratch.name, "out"))

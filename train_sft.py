@@ -135,11 +135,8 @@ def main(s: Settings) -> None:
     rank, world, device = llama.join(device)
 
     # ---- data: records -> examples with masks ------------------------------------------------------------
-    if rank:
-        dist.barrier()  # until the first process has fetched what is missing
-    base, data = ensure_base(s.base), ensure_data(s.data)
-    if world > 1 and rank == 0:
-        dist.barrier()
+    with llama.first_alone(rank, world):
+        base, data = ensure_base(s.base), ensure_data(s.data)
     tokenizer = Tokenizer(base)
     s.max_length = min(s.max_length, llama.Config.read(base).max_position_embeddings)
     if s.full and out.resolve() == base.resolve():

@@ -39,12 +39,7 @@ def original(tmp_path_factory):
     """A working home: base, sft (adapter), rl (matcher), mine.jsonl and its prepared splits."""
     home = tmp_path_factory.mktemp("home")
     tiny.trained(home)
-    (home / "data").mkdir()
-    tiny.write_records(home / "mine.jsonl", tiny.records(60))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "DATA", home / "data")
-        prepare.ensure_data(str(home / "mine.jsonl"))
-    return home
+    return tiny.with_data(home)
 
 
 @pytest.fixture

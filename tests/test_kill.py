@@ -47,12 +47,7 @@ def prepared(tmp_path_factory):
     """A base model and the splits of mine.jsonl; the runs' folders are copies of it."""
     home = tmp_path_factory.mktemp("prepared")
     tiny.build(home / "base")
-    (home / "data").mkdir()
-    tiny.write_records(home / "mine.jsonl", tiny.records(60))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "DATA", home / "data")
-        prepare.ensure_data(str(home / "mine.jsonl"))
-    return home
+    return tiny.with_data(home)
 
 
 @pytest.fixture

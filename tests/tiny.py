@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -71,6 +72,16 @@ def write_records(path: Path, items: list[dict]) -> Path:
 
 
 POOL = records(8)
+
+
+def with_data(home: Path) -> Path:
+    """`home` with mine.jsonl, 60 records, and their splits in home/data."""
+    (home / "data").mkdir()
+    write_records(home / "mine.jsonl", records(60))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "DATA", home / "data")
+        prepare.ensure_data(str(home / "mine.jsonl"))
+    return home
 
 
 def trained(home: Path) -> tuple[Path, Path, Path]:
