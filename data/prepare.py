@@ -50,11 +50,15 @@ SETS = {  # name: address, what it is, sha256 where the file cannot change
     "dolly": (f"{HUB}/datasets/databricks/databricks-dolly-15k/resolve/main/databricks-dolly-15k.jsonl",
               "Dolly (13 MB, CC BY-SA 3.0), the data you asked for")}
 
-# The selection of BIG-bench, groups of {task: instruction}: short rewriting and generation, which small
-# models can do when shown how; they guess at multiple choice. Instructions are ours: what users type. "style
-# 2." names an answer's form without showing it, a matched prompt does. A group is one operation: new to the
-# LoRA in all styles or none. Every third is new; a hash of their names, blind to them, made this order.
-GROUPS = json.loads((DATA / "bigbench_tasks.json").read_text(encoding="utf-8"))
+# The selection of BIG-bench, {"seen" or "new": {task: instruction}}: short rewriting and generation, which
+# small models can do when shown how; they guess at multiple choice. Instructions are ours: what users type.
+# "style 2." names an answer's form without showing it, a matched prompt does. A task in all its styles, a
+# line of the file, is seen by the LoRA or new to it; a hash of names, blind to them, made every third new.
+# The rule: a line stays if on its `val` records LoRA with the nearest prompt beats (ROUGE-L, summed) always
+# giving the task's most frequent answer elsewhere. Measured on 2026-11-25 with train_sft.py's adapter of seed
+# 1337: of 72 lines (168 tasks) 58 stayed (146). Over all 72, LoRA so prompted had 69.3 points on seen tasks
+# and 55.7 on new ones, the most frequent answer 15.3 and 16.2. What a learned policy does had no part in it.
+TASKS = json.loads((DATA / "bigbench_tasks.json").read_text(encoding="utf-8"))
 # a task is its folder's name up to "_json", "_1" (_2: the same examples, prompted otherwise) or "subtask003"
 TASK_PATH = r"[\w.-]+/bigbench/benchmark_tasks/(?:\w+/)?(\w+?)(?:_json|_1|(?<=subtask\d\d\d)_\w+)?/task\.json"
 MAX_CHARS = 400  # of input + output: two such examples and a query fit a short context
@@ -323,7 +327,7 @@ def clean(task: str, instruction: str, example: dict) -> dict | None:
 @reading("BIG-bench's archive")
 def read_bigbench(archive: Path) -> list[dict]:
     """The records of the selected tasks. The archive is read as a stream, never unpacked."""
-    instructions = {task: text for group in GROUPS for task, text in group.items()}
+    instructions = TASKS["seen"] | TASKS["new"]
     records = []
     with tarfile.open(archive, "r|gz") as tar:
         for member in tar:
@@ -357,9 +361,9 @@ def split(data: str, records: list[dict]) -> dict[str, list[dict]]:
     if n < 10:
         raise ValueError(f"{data}: {n} different records are too few for five splits; give it at least 10")
     if data == "bigbench":  # task by task
-        deals = [(f"0:{task}", NEW_PLAN if i % 3 == 2 else SEEN_PLAN,
+        deals = [(f"0:{task}", NEW_PLAN if kind == "new" else SEEN_PLAN,
                   [record for record in records if record["task"] == task])
-                 for i, group in enumerate(GROUPS) for task in group]
+                 for kind, tasks in TASKS.items() for task in tasks]
     else:  # free tasks: 10% pool, 5% val, 10% test, 25% rl, the rest sft
         deals = [("0", {"pool": max(1, min(500, n // 10)), "val": max(1, min(300, n // 20)),
                         "test": max(1, min(1000, n // 10)), "rl": n // 4, "sft": n}, records)]

