@@ -34,9 +34,14 @@ from torch import Tensor, nn
 
 from data.instructions import Record, check_record, length_sorted_batches, read_records
 from data.tokenizer import Tokenizer
-from lora import load_adapter, load_tensors, merge, quantize, save_json, save_tensors
+from lora import load_adapter, load_tensors, merge, pack, quantize, save_json, save_tensors
 from model import Transformer, fingerprint, pad, read_json
 from model import load as load_base
+
+# What the instruction counts in the nearest prompt: with 0.5 that is of the query's task for 75% of val, with
+# 0.95 for 98%, and between the prompts of a task the input decides.
+INSTRUCTION = 0.95
+
 
 # ---- the LLM, which embeds and answers --------------------------------------------------------------------
 
@@ -55,37 +60,45 @@ def load_tuned(base: str | Path, adapter: str, template: str, dtype: torch.dtype
         merge(model)
         files = [Path(adapter, f"adapter_{name}") for name in ("config.json", "model.safetensors")]
         identity += hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    pack(model)
     return model, identity
 
 
 # ---- embeddings ------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def embed(model: Transformer, texts: Sequence[list[int]], batch_size: int = 16) -> Tensor:
-    """Token ids of each text -> the mean of its last hidden states, (N, C), fp32 on the CPU. What is longer
-    than the context is known by its beginning."""
-    texts = [text[:model.config.max_position_embeddings] for text in texts]
-    vectors = torch.zeros(len(texts), model.config.hidden_size)  # (N, C)
-    for batch in length_sorted_batches([len(t) for t in texts], batch_size):
-        ids, real = pad([texts[i] for i in batch])  # (B, T)
-        real = real[..., None].float()  # (B, T, 1)
+def embed(model: Transformer, texts: Sequence[Sequence[list[int]]], batch_size: int = 16) -> Tensor:
+    """Texts as parts of token ids, read as one -> the means of each part's last hidden states, side by side
+    (N, parts C), fp32 on the CPU. An empty part repeats the one before; what is longer than the context is
+    known by its beginning."""
+    joined = [sum(parts, [])[:model.config.max_position_embeddings] for parts in texts]
+    n_parts = len(texts[0]) if texts else 1
+    vectors = torch.zeros(len(texts), n_parts, model.config.hidden_size)  # (N, parts, C)
+    for batch in length_sorted_batches([len(ids) for ids in joined], batch_size):
+        ids, _ = pad([joined[i] for i in batch])  # (B, T)
         hidden = model(ids.to(model.embed_tokens.weight.device)).float().cpu()  # (B, T, C)
-        vectors[batch] = (hidden * real).sum(1) / real.sum(1).clamp(min=1)
-    return vectors
+        for row, i in enumerate(batch):
+            end = 0
+            for n, part in enumerate(texts[i]):
+                start, end = end, min(end + len(part), len(joined[i]))
+                vectors[i, n] = hidden[row, start:end].mean(0) if end > start else vectors[i, max(0, n - 1)]
+    return vectors.flatten(1)
 
 
 def embed_records(model: Transformer, tokenizer: Tokenizer, records: Sequence[Record]) -> Tensor:
-    """A record is known by its question: query and prompt are embedded alike, the prompt's answer plays no
-    part. Without the template's headers, which are the same for all (measured: as good, at half the
-    tokens)."""
-    texts = [f"{r['instruction']}\n{r['input']}" for r in records]
-    return embed(model, [tokenizer.bos + tokenizer.encode(t) for t in texts])
+    """A record is known by its question, in two parts, (N, 2 C): what is asked, and of what. Query and prompt
+    are embedded alike, the prompt's answer plays no part. In one mean over both the input's words, which are
+    more, drown the instruction's. Without the template's headers, which are the same for all (measured: as
+    good, at half the tokens)."""
+    return embed(model, [(tokenizer.bos + tokenizer.encode(r["instruction"] + "\n"),
+                          tokenizer.encode(r["input"])) for r in records])
 
 
 # ---- the policy ------------------------------------------------------------------------------------------
 
 class Tower(nn.Module):
-    """x -> unit vector of (x[:C] + MLP(x)); the MLP's last layer starts at zero."""
+    """x -> x[:width] + MLP(x), whose last layer starts at zero. Not normalised: a prompt that helps whoever
+    asks may grow longer, and with it all its scores."""
 
     def __init__(self, n_in: int, width: int, hidden: int, generator: torch.Generator | None):
         super().__init__()
@@ -96,15 +109,19 @@ class Tower(nn.Module):
             self.down.weight.zero_()
             self.down.bias.zero_()
 
-    def forward(self, x: Tensor) -> Tensor:  # (.., n_in) -> (.., C)
-        return F.normalize(x[..., :self.width] + self.down(F.relu(self.up(x))), dim=-1)
+    def forward(self, x: Tensor) -> Tensor:  # (.., n_in) -> (.., width)
+        return x[..., :self.width] + self.down(F.relu(self.up(x)))
 
 
 class Matcher(nn.Module):
-    """The two towers, and the embedded pool (P, C): its mean and deviation standardise every embedding, and
-    stored with the towers (trap 11: a policy belongs to its pool) it need not be embedded again."""
+    """The two towers, how much each part of an embedding counts, and the embedded pool (P, 2 C): its mean and
+    deviation standardise every embedding, and stored with the towers (trap 11: a policy belongs to its pool)
+    it need not be embedded again.
 
-    def __init__(self, pool: Tensor, hidden: int = 256, scale: float = 20.0,
+    candidates: of the whole pool the policy chooses among this many nearest prompts (default: all).
+    """
+
+    def __init__(self, pool: Tensor, hidden: int = 128, scale: float = 50.0, candidates: int = 1 << 20,
                  generator: torch.Generator | None = None):
         super().__init__()
         width = pool.size(1)
@@ -114,15 +131,21 @@ class Matcher(nn.Module):
         self.register_buffer("deviation", pool.std(0, unbiased=False).clamp(min=1e-3), persistent=False)
         self.prompt_tower = Tower(width, width, hidden, generator)
         self.state_tower = Tower(2 * width, width, hidden, generator)
-        self.scale = scale  # softmax over cosine * 20: a flat start samples bad prompts and loses ground
+        self.parts = nn.Parameter(torch.zeros(2))  # log of the factors that RL puts on the two parts
+        self.scale = scale  # softmax over cosine * scale: a flat start samples bad prompts and loses ground
+        self.candidates = candidates
 
     def standardise(self, embedding: Tensor) -> Tensor:
-        return F.normalize((embedding - self.mean) / self.deviation, dim=-1)
+        """-> (.., 2 C), of length 1: a product of two is the mean of two cosines, the instruction's counting
+        INSTRUCTION, the input's the rest."""
+        halves = F.normalize(((embedding - self.mean) / self.deviation).unflatten(-1, (2, -1)), dim=-1)
+        shares = halves.new_tensor([[INSTRUCTION], [1 - INSTRUCTION]])  # (2, 1)
+        return (halves * shares.sqrt()).flatten(-2)
 
     def episodes(self, query: Tensor, pool: Tensor, m: int, picks: Tensor | None = None, greedy: bool = False,
                  blocked: Tensor | None = None,
                  generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """query (B, C), pool (P, C) -> picks (B, m), log-probability of each episode (B), mean entropy (B).
+        """query (B, 2 C), pool (P, 2 C) -> picks (B, m), log-probability of the episode (B), entropy (B).
 
         With `picks` it scores those instead of drawing, so acting and learning share one expression. The
         log-probability is the sum of the *sequential* steps: what was picked is masked and the softmax is
@@ -134,17 +157,21 @@ class Matcher(nn.Module):
             raise ValueError(f"the matcher is for embeddings {len(self.mean)} wide, the model's have "
                              f"{query.size(1)}; train a matcher for this model.")
         query, pool = self.standardise(query), self.standardise(pool)
-        prompts = self.prompt_tower(pool)  # (P, C)
+        prompts = self.prompt_tower(pool)  # (P, 2 C)
         if blocked is None:
             blocked = torch.zeros(len(query), len(pool), dtype=torch.bool)
-        taken = blocked  # (B, P)
-        if (~taken).sum(1).min() < m:
+        if (~blocked).sum(1).min() < m:
             raise ValueError(f"the pool has {len(pool)} prompts, too few to pick {m} a query; lower --m.")
+        taken = blocked  # (B, P)
+        if self.candidates < len(pool):
+            near = (query @ pool.T).masked_fill(blocked, -torch.inf).topk(max(m, self.candidates)).indices
+            taken = blocked | torch.ones_like(blocked).scatter(1, near, False)
         drawn, log_prob, entropy = [], 0.0, 0.0
-        picked_sum = torch.zeros_like(query)  # (B, C)
+        picked_sum = torch.zeros_like(query)  # (B, 2 C)
         for step in range(m):
-            state = self.state_tower(torch.cat((query, picked_sum / max(1, step)), dim=-1))  # (B, C)
-            logits = (self.scale * state @ prompts.T).masked_fill(taken, -torch.inf)  # (B, P)
+            state = self.state_tower(torch.cat((query, picked_sum / max(1, step)), dim=-1))  # (B, 2 C)
+            weighed = state.unflatten(-1, (2, -1)) * (self.scale * self.parts.exp())[:, None]  # (B, 2, C)
+            logits = (weighed.flatten(-2) @ prompts.T).masked_fill(taken, -torch.inf)  # (B, P)
             log_probs = logits.log_softmax(-1)  # (B, P)
             if picks is not None:
                 pick = picks[:, step]
@@ -217,7 +244,8 @@ def save(matcher: Matcher, folder: str | Path, pool: Sequence[Record], m: int, m
     save_tensors(matcher.state_dict(), folder / "matcher.safetensors",
                  {"made": fit_together(pool, model_id, matcher.scale)})
     save_json({"m": m, "hidden": matcher.prompt_tower.up.out_features, "scale": matcher.scale,
-               "model_id": model_id, **notes, "pool": list(pool)}, folder / "matcher.json")
+               "candidates": matcher.candidates, "model_id": model_id, **notes, "pool": list(pool)},
+              folder / "matcher.json")
 
 
 def fit_together(*parts: object) -> str:
@@ -229,7 +257,8 @@ def load(folder: str | Path, model_id: str) -> tuple[Matcher, list[Record], int]
     folder = Path(folder)
     if not (folder / "matcher.json").exists():
         raise FileNotFoundError(f"{folder / 'matcher.json'} is missing; run python train_rl.py first.")
-    meta = read_json(folder / "matcher.json", m=int, hidden=int, scale=float, model_id=str, pool=list)
+    meta = read_json(folder / "matcher.json", m=int, hidden=int, scale=float, candidates=int,
+                     model_id=str, pool=list)
     if meta["model_id"] != model_id:
         raise ValueError(f"{folder}: the matcher was trained on embeddings of model {meta['model_id']}, this "
                          f"is {model_id}; use the same --base and adapter, or train again.")
@@ -242,7 +271,7 @@ def load(folder: str | Path, model_id: str) -> tuple[Matcher, list[Record], int]
     if vectors.dim() != 2 or [len(vectors), *bias.shape] != [len(pool), meta["hidden"]] or (
             not all(tensor.isfinite().all() for tensor in tensors.values())):
         raise ValueError(f"{file}: pool or towers do not fit matcher.json, or are not finite; train again.")
-    matcher = Matcher(vectors, meta["hidden"], meta["scale"])
+    matcher = Matcher(vectors, meta["hidden"], meta["scale"], meta["candidates"])
     if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in matcher.state_dict().items()}:
         raise ValueError(f"{file}: tensors do not fit matcher.json; train again.")
     matcher.load_state_dict(tensors)

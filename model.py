@@ -253,8 +253,8 @@ class Transformer(nn.Module):
         self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = None if config.tie_word_embeddings else nn.Linear(
+            config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, ids: Tensor, cache: Cache | None = None, real: Tensor | None = None) -> Tensor:
         """ids (B, T) -> hidden states (B, T, C), after the last norm.
@@ -290,9 +290,7 @@ class Transformer(nn.Module):
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., C) -> logits (..., V). Apart from forward: V = 49,152 columns for a width of
         576 are a quarter of a token's cost, so callers ask only where they need them."""
-        if self.config.tie_word_embeddings:
-            return F.linear(hidden, self.embed_tokens.weight)
-        return self.lm_head(hidden)
+        return F.linear(hidden, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(hidden)
 
 
 # ---- weights ---------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -62,14 +62,15 @@ class Settings:
     data: str = opt("bigbench", "data set: bigbench, alpaca, dolly, or a .json/.jsonl file of your own")
     pool: str = opt("", "file of the prompts to pick from; empty: the data set's own pool split")
     out_dir: str = opt("out/rl", "where matcher, reward cache, log and table go")
-    eval_only: bool = opt(False, "no training: the comparison table for the matcher in out_dir")
+    eval_only: bool = opt(False, "no training: the whole comparison table for the matcher in out_dir")
     full: str = opt("out/full", "model of train_sft.py --full, for --eval_only's table if it is there")
     # the policy
     m: int = opt(1, "prompts picked for each query")
     hidden: int = opt(128, "width of the towers' hidden layer; wider ones memorise the queries")
-    scale: float = opt(20.0, "softmax over cosine * scale at the start; 10 lost ground before it gained")
+    scale: float = opt(50.0, "softmax over cosine * scale at the start; a flat one loses ground at first")
+    candidates: int = opt(8, "nearest prompts that the policy chooses among: few, so each is tried often")
     # REINFORCE
-    steps: int = opt(40, "updates; each asks the LLM for up to queries x samples answers")
+    steps: int = opt(60, "updates; each asks the LLM for up to queries x samples answers")
     queries: int = opt(16, "queries in a step, all different: many queries teach more than many passes")
     samples: int = opt(8, "episodes of a query, K; the baseline of one is the mean of the others")
     lr: float = opt(3e-4, "Adam's learning rate, falling linearly to zero; 1e-3 fell below kNN")
@@ -82,8 +83,8 @@ class Settings:
     val_queries: int = opt(160, "validation queries; the best of them all keeps its checkpoint")
     eval_every: int = opt(10, "steps between validations (greedy picks)")
     test_queries: int = opt(256, "test queries in the table; 0: all of them")
-    random_seeds: int = opt(3, "seeds of the table's random row")
-    fixed_tries: int = opt(16, "prompt sets tried on 32 validation queries to find the best fixed one")
+    random_seeds: int = opt(5, "seeds of --eval_only's random row")
+    fixed_tries: int = opt(16, "prompt sets tried on 32 validation queries for --eval_only's best fixed one")
     seed: int = opt(1337, "seed of the towers, the order of queries and the picks")
     device: str = opt("auto", "auto (cuda if there is one, else cpu), cpu, cuda, mps")
     dtype: str = opt("auto", "auto (bfloat16 where the machine has it), bfloat16, float32")
@@ -119,7 +120,7 @@ class Environment:
         self.groups = length_sorted_batches([len(ids) for ids in self.blocks], 4)  # prefilled together
         self.prefixes: dict[int, Tensor] = {}  # pool index -> keys and values of that prompt's block
         if self.judge is self:
-            references = matching.embed(model, [tokenizer.encode(p["output"]) for p in pool])
+            references = matching.embed(model, [[tokenizer.encode(p["output"])] for p in pool])
             self.mean, self.deviation = references.mean(0), references.std(0, unbiased=False).clamp(min=1e-3)
         self.asked = self.computed = self.shortened = 0
         self.known: dict[str, dict] = {}
@@ -210,7 +211,7 @@ class Environment:
         pairs = [(a, r) for a, r in zip(answers, references, strict=True) if a and a != r]
         # of this batch alone: with embeddings kept from earlier ones a replay could differ in a last bit
         texts = list(dict.fromkeys(sum(pairs, ())))
-        vectors = matching.embed(self.model, [self.tokenizer.encode(t) for t in texts])
+        vectors = matching.embed(self.model, [[self.tokenizer.encode(t)] for t in texts])
         of = dict(zip(texts, F.normalize((vectors - self.mean) / self.deviation, dim=1), strict=True))
         return [1.0 if a == r else max(0.0, float(of[a] @ of[r])) if a else 0.0
                 for a, r in zip(answers, references, strict=True)]
@@ -241,6 +242,46 @@ def leave_one_out(rewards: Tensor) -> Tensor:
     return rewards - (rewards.sum(1, keepdim=True) - rewards) / (K - 1)
 
 
+def reinforce(matcher: matching.Matcher, embed: Callable[[list[int]], Tensor], pool: Tensor,
+              blocked: Callable[[list[int]], Tensor], n: int, ask: Callable[[list[int], Tensor], Tensor],
+              s: Settings, advantage: Callable[[Tensor], Tensor] = leave_one_out) -> Iterator[dict]:
+    """The loop: s.steps updates of the matcher, in place; yields what each of them showed.
+
+    embed: rows, which are numbers of queries below n, -> (B, 2 C); blocked: rows -> (B, P); ask: rows and
+    picks (B K, m) -> rewards (B K).
+    """
+    optimizer = torch.optim.Adam([{"params": [matcher.parts], "lr": 0.03},  # two numbers: they may move fast
+                                  {"params": [p for p in matcher.parameters() if p is not matcher.parts]}],
+                                 lr=s.lr)
+    full = [group["lr"] for group in optimizer.param_groups]
+    draw = torch.Generator().manual_seed(s.seed + 1)  # the policy's own; nothing else advances it
+    for step in range(1, s.steps + 1):
+        rows = [((step - 1) * s.queries + i) % n for i in range(s.queries)]
+        left = 1 - (step - 1) / s.steps  # both the learning rates and the bonus fall to zero with it
+        # act: K episodes of each of the B queries, drawn from the policy as it is now
+        picks, log_prob, entropy = matcher.episodes(
+            embed(rows).repeat_interleave(s.samples, 0), pool, s.m, generator=draw,
+            blocked=blocked(rows).repeat_interleave(s.samples, 0))  # (B K, m), (B K), (B K)
+        # ask the LLM: no gradient goes through it, the reward is a number
+        rewards = ask(rows, picks).view(-1, s.samples)  # (B, K)
+        # learn: grad J is the mean of advantage * grad log pi, and optimisers descend, hence the minus
+        gain = advantage(rewards).view(-1)  # (B K)
+        loss = -(gain * log_prob).mean() - s.entropy * left * entropy.mean()
+        if not math.isfinite(loss.item()):
+            raise ValueError(f"step {step}: the loss is {loss.item()}; lower --lr (the best matcher so far "
+                             f"is in {s.out_dir}).")
+        for group, lr in zip(optimizer.param_groups, full, strict=True):
+            group["lr"] = lr * left
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        # collapse shows here first: entropy to 0, one set of picks with most of the episodes
+        counts = Counter(map(tuple, picks.tolist()))
+        yield {"step": step, "reward": rewards.mean().item(), "advantage_std": gain.std().item(),
+               "entropy": entropy.mean().item(), "top_share": counts.most_common(1)[0][1] / len(picks),
+               "distinct": len(counts)}
+
+
 # ---- the comparison ---------------------------------------------------------------------------------------
 
 def best_fixed(env: Environment, queries: list[Record], s: Settings) -> list[int]:
@@ -264,22 +305,25 @@ def interval(differences: Tensor, generator: torch.Generator) -> str:
 
 def comparison(envs: dict[str, Environment], matcher: matching.Matcher, queries: Tensor, pool: Tensor,
                test: list[Record], val: list[Record], seen_tasks: set[str], s: Settings) -> dict:
-    """Every way to pick prompts on the same test queries (embedded: queries (N, C), pool (P, C)), through the
-    same code; prints two tables, returns them. envs: "LoRA", and for comparison maybe "base" and "full"."""
+    """Ways to pick prompts on the same test queries (embedded: queries (N, 2 C), pool (P, 2 C)), through the
+    same code; prints two tables, returns them. Three ways after training, with --eval_only all. envs: "LoRA",
+    and for comparison maybe "base" and "full"."""
     env = envs["LoRA"]
     blocked = matching.same_question(test, env.pool)
     with torch.no_grad():
         learned = [matcher.episodes(queries, pool, s.m, greedy=True, blocked=blocked)[0].tolist()]
-    none = [[[]] * len(test)]
-    random = [matching.random_picks(len(test), len(env.pool), s.m, torch.Generator().manual_seed(s.seed + i),
-                                    blocked).tolist() for i in range(s.random_seeds)]
-    ways = [("no prompt", "LoRA", none), ("random", "LoRA", random),
-            ("best fixed", "LoRA", [same_for_all(best_fixed(env, val[:32], s), blocked)]),
-            ("same words (BM25)", "LoRA", [matching.bm25(test, env.pool, s.m, blocked).tolist()]),
-            ("nearest (kNN)", "LoRA", [matching.knn(queries, pool, s.m, blocked).tolist()]),
-            ("learned", "LoRA", learned),
-            ("base, no prompt", "base", none),
-            ("full fine-tuning, no prompt", "full", none), ("full fine-tuning, learned", "full", learned)]
+    none, nearest = [[[]] * len(test)], [matching.knn(queries, pool, s.m, blocked).tolist()]
+    ways = [("no prompt", "LoRA", none), ("nearest (kNN)", "LoRA", nearest), ("learned", "LoRA", learned)]
+    if s.eval_only:
+        random = [matching.random_picks(len(test), len(env.pool), s.m,
+                                        torch.Generator().manual_seed(s.seed + i), blocked).tolist()
+                  for i in range(s.random_seeds)]
+        ways[1:1] = [("random", "LoRA", random),
+                     ("best fixed", "LoRA", [same_for_all(best_fixed(env, val[:32], s), blocked)]),
+                     ("same words (BM25)", "LoRA", [matching.bm25(test, env.pool, s.m, blocked).tolist()])]
+        full = "full fine-tuning, "
+        ways += [("base, no prompt", "base", none), (full + "no prompt", "full", none),
+                 (full + "nearest", "full", nearest), (full + "learned", "full", learned)]
     seen = torch.tensor([q["task"] in seen_tasks for q in test])
     rows, rouge, oracle = {}, {}, torch.zeros(len(test))
     for name, which, runs in ways:
@@ -300,7 +344,8 @@ def comparison(envs: dict[str, Environment], matcher: matching.Matcher, queries:
                       "semantic": column("semantic").mean(), "right_task": sum(own_task) / len(own_task),
                       "prompt_tokens": column("prompt_tokens").mean() / 100,
                       "answer_words": sum(words) / len(words) / 100}
-    rows["best of LoRA's"] = {"rouge_seen": oracle[seen].mean(), "rouge_new": oracle[~seen].mean()}
+    if s.eval_only:
+        rows["best of LoRA's"] = {"rouge_seen": oracle[seen].mean(), "rouge_new": oracle[~seen].mean()}
     # without new tasks (or seen ones) their mean is NaN, which is no JSON: such a column is left out
     rows = {name: {k: round(100 * float(v), 2) for k, v in row.items() if v == v}
             for name, row in rows.items()}
@@ -325,7 +370,8 @@ def comparison(envs: dict[str, Environment], matcher: matching.Matcher, queries:
         gaps[name]["won / tied / lost to kNN"] = f"{(gap > 0).sum()} / {(gap == 0).sum()} / {(gap < 0).sum()}"
     print("differences in ROUGE-L points with their 95% intervals (paired bootstrap over the queries)\n")
     show(gaps)
-    return {"rows": rows, "gaps": gaps}
+    queries = {name: [round(x, 4) for x in of_all.tolist()] for name, of_all in rouge.items()}
+    return {"rows": rows, "gaps": gaps, "rouge of each query": queries, "seen": seen.tolist()}
 
 
 # ---- the run ----------------------------------------------------------------------------------------------
@@ -335,7 +381,7 @@ def main(s: Settings) -> None:
     device, dtype = llama.pick_device(s.device, s.dtype)
     rank, world, device = llama.join(device)
     ones = ("m", "steps", "queries", "eval_every", "val_queries", "hidden", "max_new_tokens", "rollout_batch",
-            "random_seeds", "fixed_tries")
+            "random_seeds", "fixed_tries", "candidates")
     if s.samples < 2 or s.textual > 1 or min(s.lr, s.scale) <= 0 or min(getattr(s, k) for k in ones) < 1:
         raise ValueError("--samples must be 2 or more (the baseline is the mean of the others), --lr and "
                          f"--scale above 0, --textual 0 to 1, and 1 or more: --{', --'.join(ones)}.")
@@ -368,9 +414,10 @@ def main(s: Settings) -> None:
         raise ValueError(f"{s.pool or data}: {len(pool)} prompts are too few to pick {s.m}; lower --m.")
     seen_tasks = {r["task"] for r in read_records(data / "sft.jsonl")}
     order = torch.Generator().manual_seed(s.seed)
-    # val and test lie in the file task by task: a shuffled part of them has all kinds
+    # val and test lie in the file task by task: a random part of them has all kinds
     for split, n in (("val", s.val_queries), ("test", s.test_queries or len(records["test"])), ("rl", None)):
-        records[split] = [records[split][i] for i in torch.randperm(len(records[split]), generator=order)][:n]
+        rows = torch.randperm(len(records[split]), generator=order)[:n].tolist()
+        records[split] = [records[split][row] for row in (rows if split == "rl" else sorted(rows))]
     env = Environment(model, tokenizer, pool, s, f"{model_id} {dtype}", out / "rewards.jsonl")
     print(f"LLM {base} + {s.adapter} in {dtype} on {device}; pool of {len(pool)} prompts, m = {s.m}; "
           f"{len(records['rl'])} queries to learn on; {len(env.known)} rewards known from earlier runs")
@@ -388,44 +435,23 @@ def main(s: Settings) -> None:
                 picks = matcher.episodes(val_vectors, pool_vectors, s.m, greedy=True, blocked=val_blocked)[0]
             return env.mean_reward(records["val"], picks.tolist())
 
-        matcher = matching.Matcher(pool_vectors, s.hidden, s.scale, torch.Generator().manual_seed(s.seed))
-        optimizer = torch.optim.Adam(matcher.parameters(), lr=s.lr)
-        draw = torch.Generator().manual_seed(s.seed + 1)  # the policy's own; nothing else advances it
+        matcher = matching.Matcher(pool_vectors, s.hidden, s.scale, s.candidates,
+                                   torch.Generator().manual_seed(s.seed))
         best = first = validate(matcher)
         lora.save_json(record_of_run(s, data, model_id), out / "run.json")
         matching.save(matcher, out, pool, s.m, model_id, step=0, val_reward=best)
         print(f"step 0 is kNN: validation reward {best:.4f}")
-        log, began = open(out / "log.jsonl", "w", encoding="utf-8"), time.time()
-        for step in range(1, s.steps + 1):
-            rows = [(step - 1) * s.queries + i for i in range(s.queries)]
-            queries = [records["rl"][row % len(records["rl"])] for row in rows]
-            left = 1 - (step - 1) / s.steps  # both the learning rate and the bonus fall to zero with it
-            # act: K episodes of each of the B queries, drawn from the policy as it is now
-            vectors = embed(queries).repeat_interleave(s.samples, 0)  # (B K, C)
-            blocked = matching.same_question(queries, pool).repeat_interleave(s.samples, 0)  # (B K, P)
-            picks, log_prob, entropy = matcher.episodes(vectors, pool_vectors, s.m, blocked=blocked,
-                                                        generator=draw)
-            # ask the LLM: no gradient goes through it, the reward is a number
-            entries = env.scores([q for q in queries for _ in range(s.samples)], picks.tolist())
-            rewards = torch.tensor([env.reward(e) for e in entries]).view(-1, s.samples)  # (B, K)
-            # learn: grad J is the mean of advantage * grad log pi, and optimisers descend, hence the minus
-            advantage = leave_one_out(rewards).view(-1)  # (B K)
-            loss = -(advantage * log_prob).mean() - s.entropy * left * entropy.mean()
-            if not math.isfinite(loss.item()):
-                raise ValueError(f"step {step}: the loss is {loss.item()}; lower --lr (the best matcher so "
-                                 f"far is in {out}).")
-            for group in optimizer.param_groups:
-                group["lr"] = s.lr * left
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
 
-            # collapse shows here first: entropy to 0, one set of picks with most of the episodes
-            counts = Counter(map(tuple, picks.tolist()))
-            line = {"step": step, "reward": rewards.mean().item(), "advantage_std": advantage.std().item(),
-                    "entropy": entropy.mean().item(), "top_share": counts.most_common(1)[0][1] / len(picks),
-                    "distinct": len(counts), "cache_hits": 1 - env.computed / env.asked,
-                    "seconds": time.time() - began}
+        def ask(rows: list[int], picks: Tensor) -> Tensor:  # rewards (B K), K episodes of each query
+            asked = [records["rl"][row] for row in rows for _ in range(s.samples)]
+            return torch.tensor([env.reward(e) for e in env.scores(asked, picks.tolist())])
+
+        log, began = open(out / "log.jsonl", "w", encoding="utf-8"), time.time()
+        for line in reinforce(matcher, lambda rows: embed([records["rl"][row] for row in rows]), pool_vectors,
+                              lambda rows: matching.same_question([records["rl"][row] for row in rows], pool),
+                              len(records["rl"]), ask, s):
+            step = line["step"]
+            line |= {"cache_hits": 1 - env.computed / env.asked, "seconds": time.time() - began}
             if step % s.eval_every == 0 or step == s.steps:
                 line["val_reward"] = validate(matcher)
                 if line["val_reward"] > best:  # chosen by greedy validation reward, never by training or test
@@ -433,7 +459,7 @@ def main(s: Settings) -> None:
                     matching.save(matcher, out, pool, s.m, model_id, step=step, val_reward=best)
             note = f"  validation {line['val_reward']:.4f} (kNN {first:.4f})" if "val_reward" in line else ""
             print(f"step {step}/{s.steps}  reward {line['reward']:.3f}  entropy {line['entropy']:.2f} of 1  "
-                  f"{len(counts)} different picks, top one {line['top_share']:.0%}  "
+                  f"{line['distinct']} different picks, top one {line['top_share']:.0%}  "
                   f"{env.computed / line['seconds']:.1f} rollouts/s{note}", flush=True)
             log.write(json.dumps({k: round(v, 5) for k, v in line.items()}) + "\n")
             log.flush()

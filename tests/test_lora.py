@@ -411,3 +411,31 @@ def test_load_tuned(tuned, llama, tmp_path):
         assert any(isinstance(m, Int8Linear) for m in loaded.modules()) == int8
         seen.add(name)
     assert len(seen | {identity}) == 3
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("int8", [False, True])
+def test_packed_answers_are_the_same_bits(make_folder, family, int8):
+    """Biases (qwen2), merged LoRA on some linears and plain or int8 linears beside it, a tied head or not."""
+    folder, ids = make_folder(family)[0], random_ids()
+    model = load(folder, torch.bfloat16)
+    if int8:
+        lora.quantize(model)
+    lora.add_lora(model, 4, 8, ["q_proj", "k_proj", "down_proj"], seeded())
+    lora.merge(fill(model))
+    packed = copy.deepcopy(model)
+    lora.pack(packed)
+    assert not lora.lora_layers(packed) and isinstance(packed.lm_head, lora.PackedLinear)
+    assert isinstance(packed.layers[0].mlp.down_proj, lora.PackedLinear)
+    assert any(isinstance(m, Int8Linear) for m in packed.modules()) == int8
+    with torch.no_grad():
+        for rows, length in ((1, 1), (2, 20), (20, 20)):
+            ids = random_ids(rows, length)
+            assert torch.equal(logits(packed, ids), logits(model, ids))
+
+
+def test_only_bf16_on_a_cpu_is_packed(tuned):
+    lora.merge(tuned)
+    before = logits(tuned, random_ids())
+    lora.pack(tuned)
+    assert lora.lora_layers(tuned) and torch.equal(logits(tuned, random_ids()), before)

@@ -41,16 +41,51 @@ def trained(pool: torch.Tensor, seed: int = 0) -> matching.Matcher:
 
 @pytest.mark.parametrize("m", [1, 2, 3])
 def test_untrained_policy_is_knn(m):
-    """Design: RL starts from the strongest simple baseline. Against a plain top-m of standardised cosines."""
+    """Design: RL starts from the strongest simple baseline. Against a plain top-m of standardised cosines, a
+    mean of the instruction's and the input's."""
     queries, pool = vectors(40, 1), vectors(12, 2)
     mean, deviation = pool.mean(0), ((pool - pool.mean(0)) ** 2).mean(0).sqrt()
     q, p = (queries - mean) / deviation, (pool - mean) / deviation
-    wanted = F.cosine_similarity(q[:, None], p[None], dim=-1).topk(m).indices
+    wanted = sum(share * F.cosine_similarity(q[:, None, half], p[None, :, half], dim=-1)
+                 for half, share in ((slice(3), 0.95), (slice(3, 6), 0.05))).topk(m).indices
     fresh = matching.Matcher(pool, generator=torch.Generator().manual_seed(3))
     assert torch.equal(fresh.episodes(queries, pool, m, greedy=True)[0], wanted)
     assert torch.equal(matching.knn(queries, pool, m), wanted)
     raw = F.cosine_similarity(queries[:, None], pool[None], dim=-1).topk(m).indices
     assert not torch.equal(raw, wanted)  # or standardising would not have been tested
+
+
+def test_parts_weigh_instruction_against_input():
+    """With the instruction's half alone the input cannot change a pick, and the other way round."""
+    queries, pool = vectors(40, 1), vectors(12, 2)
+    other, picks = vectors(40, 3), []
+    for half in (slice(3), slice(3, 6)):
+        matcher = matching.Matcher(pool)
+        with torch.no_grad():
+            matcher.parts[:] = torch.tensor([0.0, -20.0] if half.start is None else [-20.0, 0.0])
+        changed = other.clone()
+        changed[:, half] = queries[:, half]
+        picks.append(matcher.episodes(queries, pool, 1, greedy=True)[0])
+        assert torch.equal(picks[-1], matcher.episodes(changed, pool, 1, greedy=True)[0])
+    assert not torch.equal(*picks)
+
+
+def test_candidates_are_the_nearest_that_are_free():
+    """Whatever the towers say, picks come from the nearest 4; a blocked prompt's place goes to the fifth."""
+    queries, pool = vectors(300, 1), vectors(12, 2)
+    matcher = trained(pool)
+    near = matching.knn(queries, pool, 5)
+    blocked = torch.zeros(300, 12, dtype=torch.bool)
+    blocked[150:].scatter_(1, near[150:, :1], True)
+    everywhere = matcher.episodes(queries, pool, 2, greedy=True, blocked=blocked)[0]
+    matcher.candidates = 4
+    picks, log_prob, entropy = matcher.episodes(queries, pool, 2, blocked=blocked,
+                                                generator=torch.Generator().manual_seed(0))
+    for row, picked in enumerate(picks.tolist()):
+        assert set(picked) <= set(near[row, row >= 150:][:4].tolist())
+    assert not torch.equal(everywhere, matcher.episodes(queries, pool, 2, greedy=True, blocked=blocked)[0])
+    assert log_prob.isfinite().all() and entropy.isfinite().all() and (entropy <= 1 + 1e-6).all()
+    assert set(picks[:150].flatten().tolist()) == set(range(12))  # and all are somebody's
 
 
 def test_probabilities_of_all_ordered_episodes_sum_to_one():
@@ -156,13 +191,30 @@ def test_padded_batch_embeds_like_one_by_one(model):
     llm, _ = model
     generator = torch.Generator().manual_seed(0)
     texts = [torch.randint(0, 260, (n,), generator=generator).tolist() for n in (40, 1, 17, 0, 3, 17)]
-    together = matching.embed(llm, texts)
+    together = matching.embed(llm, [[text] for text in texts])
     assert together.shape == (6, 48) and together[3].abs().sum() == 0
     for text, vector in zip(texts, together, strict=True):
         if text:
             alone = llm(torch.tensor([text]))[0].mean(0)
             torch.testing.assert_close(vector, alone, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(matching.embed(llm, texts, batch_size=2), together, rtol=1e-5, atol=1e-6)
+    smaller = matching.embed(llm, [[text] for text in texts], batch_size=2)
+    torch.testing.assert_close(smaller, together, rtol=1e-5, atol=1e-6)
+
+
+def test_parts_are_read_as_one_text_and_averaged_apart(model):
+    """The input's half has read the instruction; an empty part repeats the one before; a long text is cut."""
+    llm, _ = model
+    a, b = list(range(5, 12)), list(range(30, 34))
+    both, alone, empty = matching.embed(llm, [(a, b), (a, a), (a, [])])
+    hidden = llm(torch.tensor([a + b]))[0]
+    wanted = torch.cat((hidden[:7].mean(0), hidden[7:].mean(0)))
+    torch.testing.assert_close(both, wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(alone[:48], both[:48], rtol=1e-5, atol=1e-6)
+    assert torch.equal(empty[:48], empty[48:])
+    n = llm.config.max_position_embeddings
+    cut = matching.embed(llm, [([7] * (n - 2), b), ([7] * (n + 9), b)])
+    assert cut.isfinite().all() and torch.equal(cut[1, :48], cut[1, 48:])
+    assert not torch.equal(cut[0, :48], cut[0, 48:])
 
 
 def test_the_answer_plays_no_part_in_an_embedding(model):
@@ -172,7 +224,8 @@ def test_the_answer_plays_no_part_in_an_embedding(model):
     b["output"], c["input"] = "something else", "other words"
     one, two, three = matching.embed_records(llm, tokenizer, [a, b, c])
     torch.testing.assert_close(one, two)
-    assert (one - three).abs().max() > 0.01
+    torch.testing.assert_close(one[:48], three[:48])  # the instruction comes first and has not seen the input
+    assert (one - three)[48:].abs().max() > 0.01
 
 
 def test_same_question_marks_twins_whatever_their_answer():

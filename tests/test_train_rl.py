@@ -176,8 +176,8 @@ def test_scores_are_those_of_the_plain_way(llm, tmp_path):
         assert entry["answer"] == text and entry["prompt_tokens"] == len(ids)
         assert entry["rouge"] == pytest.approx(rouge_l(text, query["output"]), abs=1e-6)
         assert entry["exact"] == (text == query["output"])
-        two = matching.embed(model, [tokenizer.encode(text), tokenizer.encode(query["output"])])
-        outputs = matching.embed(model, [tokenizer.encode(p["output"]) for p in POOL])
+        two = matching.embed(model, [[tokenizer.encode(text)], [tokenizer.encode(query["output"])]])
+        outputs = matching.embed(model, [[tokenizer.encode(p["output"])] for p in POOL])
         two = (two - outputs.mean(0)) / outputs.std(0, unbiased=False).clamp(min=1e-3)
         cosine = max(0.0, torch.cosine_similarity(two[0], two[1], dim=0).item()) if text else 0.0
         assert entry["semantic"] == pytest.approx(cosine, abs=1e-5)
@@ -362,11 +362,15 @@ def test_eval_only_repeats_the_table_from_the_cache(run, tmp_path, capsys):
     for out, given_pool in (("plain", {}), ("own", {"pool": str(mine)})):
         run(out, **given_pool)
         rows = json.loads((tmp_path / out / "table.json").read_text())["rows"]
+        assert list(rows) == [ROWS[0], *ROWS[-3:-1]]  # after training three ways, from --eval_only on all
+        run(out, eval_only=True)
+        every = json.loads((tmp_path / out / "table.json").read_text())["rows"]
+        assert list(every) == ROWS and every.items() >= rows.items()
         weights = (tmp_path / out / "matcher.safetensors").read_bytes()
         capsys.readouterr()
         env, _, drawn = run(out, eval_only=True, m=1)  # m too is the trained matcher's
         assert env.computed == 0 and env.asked > 0 and not drawn
-        assert json.loads((tmp_path / out / "table.json").read_text())["rows"] == rows
+        assert json.loads((tmp_path / out / "table.json").read_text())["rows"] == every
         assert (tmp_path / out / "matcher.safetensors").read_bytes() == weights
         assert all(name in capsys.readouterr().out for name in ROWS[:1])
     other = tiny.write_records(tmp_path / "other.jsonl", tiny.records(90)[75:])
@@ -382,10 +386,10 @@ def test_other_models_stand_in_the_table(run, tmp_path):
     run("out", **flags)
     run("out", **flags, eval_only=True)
     table = strict((tmp_path / "out" / "table.json").read_text())
-    others = ["base, no prompt", "full fine-tuning, no prompt", "full fine-tuning, learned"]
+    others = ["base, no prompt", *(f"full fine-tuning, {way}" for way in ("no prompt", "nearest", "learned"))]
     assert list(table["rows"]) == [*ROWS[:-1], *others, ROWS[-1]]
     answers = [table["rows"][name] for name in ("no prompt", *others)]
-    assert all(a != b for a, b in itertools.combinations(answers, 2))  # four different models and ways
+    assert all(a != b for a, b in itertools.combinations(answers, 2))  # different models and ways
     gaps = table["gaps"]
     assert gaps["nearest (kNN)"]["seen minus nearest (kNN)"] == "+0.0 [+0.0, +0.0]"
     won, tied, lost = map(int, gaps["learned"]["won / tied / lost to kNN"].split(" / "))

@@ -1,0 +1,184 @@
+"""The experiments behind the README's figures: REINFORCE on a table of rewards, collapse, seeds, pictures.
+
+assets/rewards.safetensors holds *all* rewards, m = 1, of 168 queries and 36 prompts (12 tasks of the default
+data, every tenth or so), their embeddings and record ids; no text. So the policy can be
+trained in seconds, without an LLM, many seeds over, and its regret against the exact optimum is known.
+
+    python tests/experiment.py                            # play: ten seeds; collapse and its cure
+    python tests/experiment.py --make --adapter out/sft   # compute the table anew: 6,048 answers, 7 minutes
+    python tests/experiment.py --runs out/rl,out/rl_1338  # a table and figures over runs of train_rl.py
+"""
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import lora  # noqa: E402
+import matcher as matching  # noqa: E402
+import model as llama  # noqa: E402
+import train_rl  # noqa: E402
+from data.instructions import TEMPLATE, Record, read_records  # noqa: E402
+from data.prepare import TASKS, cli, ensure_base, ensure_data, opt  # noqa: E402
+from data.tokenizer import Tokenizer  # noqa: E402
+
+
+@dataclass
+class Settings:
+    table: str = opt(str(ROOT / "assets/rewards.safetensors"), "the table of rewards")
+    make: bool = opt(False, "compute the table with the LLM")
+    adapter: str = opt("out/sft", "the LoRA adapter, for --make")
+    runs: str = opt("", "comma-separated folders of train_rl.py runs whose --eval_only tables are averaged")
+    seeds: int = opt(10, "seeds of the policy")
+    steps: int = opt(200, "updates of 16 queries, 8 episodes each")
+    lr: float = opt(3e-4, "Adam's learning rate, as in train_rl.py")
+    figures: str = opt("out", "folder for the figures, if matplotlib is there")
+
+
+# ---- the table --------------------------------------------------------------------------------------------
+
+def name_of(record: Record) -> str:
+    text = json.dumps([record["instruction"], record["input"], record["output"]])
+    return f"{record['task']}:{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def make(s: Settings) -> None:
+    base, data = ensure_base("smollm2"), ensure_data("bigbench")
+    device, dtype = llama.pick_device("auto", "auto")
+    model, model_id = matching.load_tuned(base, s.adapter, TEMPLATE, dtype, device)
+    tokenizer = Tokenizer(base)
+    tasks = [*list(TASKS["seen"])[::14], *list(TASKS["new"])[::10]]
+    def of_tasks(split: str, n: int) -> list[Record]:
+        records = read_records(data / f"{split}.jsonl")
+        return [r for task in tasks for r in [r for r in records if r["task"] == task][:n]]
+    pool, queries = of_tasks("pool", 3), {k: of_tasks(k, n) for k, n in (("rl", 8), ("val", 2), ("test", 4))}
+    env = train_rl.Environment(model, tokenizer, pool, train_rl.Settings(), f"{model_id} {dtype}",
+                               Path(s.figures, "table.jsonl"))
+    tensors = {"pool": matching.embed_records(model, tokenizer, pool).half()}
+    names = {"pool": [name_of(r) for r in pool]}
+    for split, asked in queries.items():
+        print(f"{split}: {len(asked)} queries x {len(pool)} prompts", flush=True)
+        entries = env.scores([q for q in asked for _ in pool], [[j] for _ in asked for j in range(len(pool))])
+        rewards = torch.tensor([env.reward(e) for e in entries])
+        tensors[f"reward.{split}"] = rewards.view(len(asked), len(pool)).half()
+        tensors[split] = matching.embed_records(model, tokenizer, asked).half()
+        names[split] = [name_of(r) for r in asked]
+    lora.save_tensors(tensors, Path(s.table), {"names": json.dumps(names), "model": model_id})
+
+
+def table_of(s: Settings) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
+    tensors, meta = lora.load_tensors(Path(s.table))
+    return {name: tensor.float() for name, tensor in tensors.items()}, json.loads(meta["names"])
+
+
+# ---- REINFORCE on the table -------------------------------------------------------------------------------
+
+class WithReplacement(matching.Matcher):
+    """PromptPG's slip: pairs are drawn without replacement, their log-probability is summed as if with it."""
+
+    def episodes(self, query, pool, m, picks=None, **how):
+        with torch.no_grad():
+            drawn, _, _ = super().episodes(query, pool, m, picks, **how)
+        first = [super(WithReplacement, self).episodes(query, pool, 1, drawn[:, t:t + 1]) for t in range(m)]
+        return drawn, sum(log_prob for _, log_prob, _ in first), sum(e for *_, e in first) / m
+
+
+def run(t: dict[str, Tensor], s: train_rl.Settings, kind: type = matching.Matcher,
+        advantage: Callable = train_rl.leave_one_out) -> tuple[matching.Matcher, list[dict]]:
+    """One training on the table. A pair's reward is the mean of its two single rewards: an assumption, since
+    only single prompts were asked about."""
+    matcher = kind(t["pool"], s.hidden, s.scale, s.candidates, torch.Generator().manual_seed(s.seed))
+    rewards, log = t["reward.rl"], []
+    order = torch.randperm(len(rewards), generator=torch.Generator().manual_seed(s.seed))  # tasks are mixed
+    def ask(rows: list[int], picks: Tensor) -> Tensor:
+        return rewards[order[rows]].repeat_interleave(s.samples, 0).gather(1, picks).mean(1)
+    def free(rows: list[int]) -> Tensor:
+        return torch.zeros(len(rows), len(t["pool"]), dtype=torch.bool)
+    for line in train_rl.reinforce(matcher, lambda rows: t["rl"][order[rows]], t["pool"], free, len(rewards),
+                                   ask, s, advantage):
+        log.append(line | greedy(matcher, t, "val", s.m))
+    return matcher, log
+
+
+@torch.no_grad()
+def greedy(matcher: matching.Matcher, t: dict[str, Tensor], split: str, m: int) -> dict[str, float]:
+    picks = matcher.episodes(t[split], t["pool"], m, greedy=True)[0]  # (N, m)
+    sets = [tuple(sorted(p)) for p in picks.tolist()]
+    return {f"{split}": t[f"reward.{split}"].gather(1, picks).mean().item(),
+            f"{split} top share": max(map(sets.count, sets)) / len(sets), f"{split} sets": len(set(sets))}
+
+
+def play(s: Settings) -> None:
+    t, names = table_of(s)
+    settings = train_rl.Settings(m=1, steps=s.steps, lr=s.lr)
+    test, trained = t["reward.test"], t["reward.rl"]
+    nearest = greedy(matching.Matcher(t["pool"], 1), t, "test", 1)["test"]
+    best = test.amax(1).mean().item()
+    fixed = test[:, trained.mean(0).argmax()].mean().item()
+    print(f"{len(test)} test queries, {test.size(1)} prompts, rewards in points: "
+          f"random {test.mean() * 100:.1f}, best fixed {fixed * 100:.1f}, nearest (kNN) "
+          f"{nearest * 100:.1f}, optimum {best * 100:.1f}")
+    learned = []
+    for seed in range(s.seeds):
+        matcher, log = run(t, replace(settings, seed=seed))
+        learned.append(greedy(matcher, t, "test", 1)["test"] * 100)
+        print(f"seed {seed}: learned {learned[-1]:.1f}, regret {best * 100 - learned[-1]:.1f} "
+              f"(kNN's {(best - nearest) * 100:.1f}), entropy {log[-1]['entropy']:.2f}", flush=True)
+    learned = torch.tensor(learned)
+    print(f"learned {learned.mean():.1f} +- {learned.std():.1f} over {s.seeds} seeds\n")
+
+
+def collapse(s: Settings) -> dict[str, list[dict]]:
+    """The same loop with and without what keeps it from collapsing, m = 2, flat start, on all 36 prompts."""
+    t, _ = table_of(s)
+    settings = train_rl.Settings(m=2, steps=s.steps * 2, lr=1e-3, scale=5.0, candidates=1 << 20)
+    logs = {"ours": run(t, settings)[1],
+            "no baseline, no entropy bonus, with-replacement log-probability": run(
+                t, replace(settings, entropy=0.0), WithReplacement, lambda rewards: rewards)[1]}
+    for name, log in logs.items():
+        for line in (log[0], log[len(log) // 2 - 1], log[-1]):
+            print(f"{name}: step {line['step']}  entropy {line['entropy']:.2f}  training reward "
+                  f"{line['reward'] * 100:.1f}  greedy on val {line['val'] * 100:.1f}, "
+                  f"{line['val sets']} different pairs, top one {line['val top share']:.0%}")
+    return logs
+
+
+# ---- over runs of train_rl.py -----------------------------------------------------------------------------
+
+def over_runs(folders: list[str]) -> dict[str, dict[str, str]]:
+    """Mean of each row over runs (seeds), and 95% intervals of the mean differences, by a bootstrap over
+    queries. All runs must be on the whole test split (--test_queries 0)."""
+    tables = [json.loads(Path(folder, "table.json").read_text("utf-8")) for folder in folders]
+    seen, rows = torch.tensor(tables[0]["seen"]), {}
+    for name, columns in tables[0]["rows"].items():
+        rows[name] = {c: f"{sum(t['rows'][name][c] for t in tables) / len(tables):.1f}" for c in columns}
+        for other in ("no prompt", "nearest (kNN)") if name in tables[0]["rouge of each query"] else ():
+            gap = torch.stack([torch.tensor(t["rouge of each query"][name])  # (runs, N) -> (N)
+                               - torch.tensor(t["rouge of each query"][other]) for t in tables]).mean(0)
+            for part, of in (("seen", seen), ("new", ~seen)):
+                rows[name][f"{part} minus {other}"] = train_rl.interval(
+                    gap[of], torch.Generator().manual_seed(0))
+    for name, row in rows.items():
+        print(f"| {name} | {' | '.join(row.values())} |")
+    print(f"columns: {', '.join(rows['learned'])}")
+    return rows
+
+
+def main(s: Settings) -> None:
+    if s.make:
+        make(s)
+    elif s.runs:
+        over_runs(s.runs.split(","))
+    else:
+        play(s)
+        collapse(s)
+
+
+if __name__ == "__main__":
+    cli(Settings, main)
