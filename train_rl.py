@@ -371,7 +371,8 @@ def comparison(envs: dict[str, Environment], matcher: matching.Matcher, queries:
     print("differences in ROUGE-L points with their 95% intervals (paired bootstrap over the queries)\n")
     show(gaps)
     queries = {name: [round(x, 4) for x in of_all.tolist()] for name, of_all in rouge.items()}
-    return {"rows": rows, "gaps": gaps, "rouge of each query": queries, "seen": seen.tolist()}
+    return {"rows": rows, "gaps": gaps, "rouge of each query": queries, "seen": seen.tolist(),
+            "picks": {"nearest (kNN)": nearest[0], "learned": learned[0]}}
 
 
 # ---- the run ----------------------------------------------------------------------------------------------
@@ -453,7 +454,7 @@ def main(s: Settings) -> None:
             step = line["step"]
             line |= {"cache_hits": 1 - env.computed / env.asked, "seconds": time.time() - began}
             if step % s.eval_every == 0 or step == s.steps:
-                line["val_reward"] = validate(matcher)
+                line |= {"val_reward": validate(matcher), "val_reward_knn": first}
                 if line["val_reward"] > best:  # chosen by greedy validation reward, never by training or test
                     best = line["val_reward"]
                     matching.save(matcher, out, pool, s.m, model_id, step=step, val_reward=best)

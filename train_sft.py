@@ -53,8 +53,8 @@ class Settings:
     shots: int = opt(1, "up to this many prompts before a sample; as many as train_rl.py will match")
     shots_share: float = opt(0.5, "share of the samples that get prompts; the rest keeps zero-shot use alive")
     # optimisation
-    epochs: int = opt(2, "passes over the records; a third one overfits 1,000 records")
-    batch_size: int = opt(16, "records in a step, of near-equal length")
+    epochs: int = opt(1, "passes over the records; a third one overfits 1,000 records")
+    batch_size: int = opt(8, "records in a step; one pass ends at val loss 0.83, in steps of 16 at 0.97")
     micro_tokens: int = opt(384, "tokens of a micro-batch: fewer take less memory and more time")
     lr: float = opt(1e-3, "peak learning rate; LoRA takes ten times that of full fine-tuning")
     warmup: float = opt(0.05, "share of the steps with a rising learning rate; then a cosine to a tenth")

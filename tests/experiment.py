@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from matplotlib import pyplot
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,11 +35,12 @@ class Settings:
     table: str = opt(str(ROOT / "assets/rewards.safetensors"), "the table of rewards")
     make: bool = opt(False, "compute the table with the LLM")
     adapter: str = opt("out/sft", "the LoRA adapter, for --make")
-    runs: str = opt("", "comma-separated folders of train_rl.py runs whose --eval_only tables are averaged")
+    runs: str = opt("", "comma-separated folders of train_rl.py runs: averages their --eval_only tables")
+    sft: str = opt("", "with --runs: comma-separated folders of train_sft.py runs, for their losses")
     seeds: int = opt(10, "seeds of the policy")
     steps: int = opt(200, "updates of 16 queries, 8 episodes each")
     lr: float = opt(3e-4, "Adam's learning rate, as in train_rl.py")
-    figures: str = opt("out", "folder for the figures, if matplotlib is there")
+    figures: str = opt("out", "folder for the figures")
 
 
 # ---- the table --------------------------------------------------------------------------------------------
@@ -170,14 +172,121 @@ def over_runs(folders: list[str]) -> dict[str, dict[str, str]]:
     return rows
 
 
+def what_is_learned(folder: str) -> tuple[list[str], Tensor]:
+    """Does the pick depend on the query? Mutual information of task asked and task picked; examples where the
+    learned pick beats the nearest prompt most, and loses most. Returns tasks and counts (asked, picked)."""
+    table = json.loads(Path(folder, "table.json").read_text("utf-8"))
+    pool = json.loads(Path(folder, "matcher.json").read_text("utf-8"))["pool"]
+    test, tasks = read_records(ensure_data("bigbench") / "test.jsonl"), list(TASKS["seen"] | TASKS["new"])
+    counts = torch.zeros(len(tasks), len(tasks))
+    learned, nearest = (table["picks"][name] for name in ("learned", "nearest (kNN)"))
+    for query, picks in zip(test, learned, strict=True):
+        for j in picks:
+            counts[tasks.index(query["task"]), tasks.index(pool[j]["task"])] += 1
+    p = counts / counts.sum()
+    of_asked, of_picked = p.sum(1, keepdim=True), p.sum(0, keepdim=True)
+    bits = (p * (p / (of_asked * of_picked)).clamp(min=1e-12).log2()).sum().item()
+    entropy = -(of_asked * of_asked.log2()).sum().item()
+    changed = sum(a != b for a, b in zip(learned, nearest, strict=True))
+    print(f"\n{folder}: another prompt than the nearest for {changed} of {len(test)} queries; "
+          f"{len(set(map(tuple, learned)))} different picks; the pick tells {bits:.2f} of the {entropy:.2f} "
+          "bits of the query's task")
+    scores = table["rouge of each query"]
+    gaps = [a - b for a, b in zip(scores["learned"], scores["nearest (kNN)"], strict=True)]
+    def shown(record: Record) -> str:
+        return f"{record['task']}: {record['instruction']} | {record['input']} -> {record['output']}"
+    order = sorted(range(len(test)), key=lambda i: gaps[i])
+    for what, rows in (("beats the nearest prompt", order[-5:]), ("loses to it", order[:5])):
+        for i in rows:
+            print(f"{what} by {abs(gaps[i]) * 100:.0f} points: {shown(test[i])}\n"
+                  f"  learned {shown(pool[learned[i][0]])}\n  nearest {shown(pool[nearest[i][0]])}")
+    return tasks, counts
+
+
+# ---- figures ----------------------------------------------------------------------------------------------
+
+def panels(n: int, height: float = 3.2):
+    return pyplot.subplots(1, n, figsize=(5.5 * n, height), layout="constrained", squeeze=False)
+
+
+def finish(figure, axes, file: Path) -> None:
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120, facecolor="white")  # white in a dark page too: black text needs it
+    pyplot.close(figure)
+    print(f"(figure {file})")
+
+
+def draw_collapse(logs: dict[str, list[dict]], file: Path) -> None:
+    figure, axes = panels(3)
+    shown = {"entropy": "entropy, 1 is uniform", "val": "greedy reward on val",
+             "val top share": "share of the most frequent pair, greedy, val"}
+    for axis, (key, title) in zip(axes.flat, shown.items(), strict=True):
+        for name, log in logs.items():
+            axis.plot([line["step"] for line in log], [line[key] for line in log], label=name.split(",")[0])
+        axis.set(title=title, xlabel="step")
+    axes[0, 0].legend()
+    finish(figure, axes, file)
+
+
+def log_of(folder: str) -> list[dict]:
+    return [json.loads(line) for line in Path(folder, "log.jsonl").read_text("utf-8").splitlines()]
+
+
+def draw_runs(s: Settings, rows: dict[str, dict[str, str]]) -> None:
+    folder, runs = Path(s.figures), s.runs.split(",")
+    figure, axes = panels(1)
+    for run in runs:
+        log = [line for line in log_of(run) if "val_reward" in line]
+        [line] = axes[0, 0].plot([x["step"] for x in log], [x["val_reward"] * 100 for x in log], "o-",
+                                 label=Path(run).name)
+        axes[0, 0].axhline(log[0]["val_reward_knn"] * 100, color=line.get_color(), linestyle="--")
+    axes[0, 0].set(title="validation reward, greedy picks (dashed: kNN)", xlabel="step", ylabel="points")
+    axes[0, 0].legend()
+    finish(figure, axes, folder / "rl.png")
+
+    figure, axes = panels(2, 3.6)
+    for axis, part in zip(axes.flat, ("seen", "new"), strict=True):
+        named = [(name, row) for name, row in rows.items() if f"{part} minus no prompt" in row]
+        for y, (_, row) in enumerate(reversed(named)):
+            mean, low, high = map(float, row[f"{part} minus no prompt"].translate(
+                str.maketrans("", "", "[],")).split())
+            axis.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color="C0", capsize=3)
+        axis.set(title=f"{part} tasks: ROUGE-L minus LoRA without prompts", xlabel="points, 95% interval",
+                 yticks=range(len(named)))
+        axis.set_yticklabels([name for name, _ in reversed(named)])
+        axis.axvline(0, color="grey")
+    finish(figure, axes, folder / "comparison.png")
+
+    tasks, counts = what_is_learned(runs[0])
+    figure, axes = pyplot.subplots(figsize=(7, 6), layout="constrained", squeeze=False)
+    axes[0, 0].imshow(counts / counts.sum(1, keepdim=True), cmap="viridis", interpolation="nearest")
+    axes[0, 0].set(title="share of a task's test queries that get a prompt of a task",
+                   xlabel="task of the prompt", ylabel="task of the query", xticks=[], yticks=[])
+    finish(figure, axes, folder / "matched.png")
+
+    if s.sft:
+        figure, axes = panels(1)
+        for run in s.sft.split(","):
+            log = log_of(run)
+            for key, style in (("loss", "-"), ("val_loss", "o-")):
+                line = [(x["step"], x[key]) for x in log if key in x]
+                axes[0, 0].plot(*zip(*line, strict=True), style, label=f"{Path(run).name}, {key}",
+                                alpha=0.4 if key == "loss" else 1)
+        axes[0, 0].set(title="fine-tuning: loss of the answers", xlabel="step", ylabel="nats a token")
+        axes[0, 0].legend(fontsize=7)
+        finish(figure, axes, folder / "sft.png")
+
+
 def main(s: Settings) -> None:
     if s.make:
         make(s)
     elif s.runs:
-        over_runs(s.runs.split(","))
+        draw_runs(s, over_runs(s.runs.split(",")))
     else:
         play(s)
-        collapse(s)
+        draw_collapse(collapse(s), Path(s.figures, "collapse.png"))
 
 
 if __name__ == "__main__":
