@@ -13,10 +13,10 @@ policy *is* nearest neighbours with a temperature, and REINFORCE (train_rl.py) h
 strongest simple baseline instead of finding it again. Prompts are embedded, not indexed: a trained matcher
 works on a pool it never saw.
 
-Simplified: the embedding is the LLM's own mean-pooled hidden state, no second model; the paper's unit is
-one MLP a side too, its sizes are not published.
+Simplified: the embedding is the LLM's own hidden states, averaged over the instruction and over the input; no
+second model. The policy chooses among a few candidates, the nearest prompts, so that it tries each often.
 
-Letters: B queries, P prompts of the pool, C embedding width, m picks.
+Letters: B queries, P prompts of the pool, C width of the LLM, 2 C of an embedding, m picks.
 
 Try: python sample.py --pool data/example_pool.jsonl --prompt "Write the order code." --input "7 red tables"
 """

@@ -150,6 +150,14 @@ class Bench:
         """The model as sample.py and train_rl.py load it."""
         return matching.load_tuned(self.base, self.adapter, text.TEMPLATE, self.dtype, self.device)[0]
 
+    def merged(self) -> Path:
+        """The same weights as a folder for the peers."""
+        model = lora.quantize(llama.load(self.base, self.dtype))
+        lora.load_adapter(model, self.adapter, llama.fingerprint(self.base), text.TEMPLATE)
+        lora.merge(model)
+        lora.save_model(model, self.scratch / "merged", self.base)
+        return self.scratch / "merged"
+
     def peer(self, folder: Path):
         """The model in `folder`, by transformers."""
         from transformers import AutoModelForCausalLM, logging
@@ -284,6 +292,7 @@ def decode(b: Bench) -> None:
     prompt, n = b.tokenizer.encode(text.query_text(b.draw("val", 1)[0])), 64
     ours = {"int8 base alone": lora.quantize(llama.load(b.base, b.dtype, b.device)),
             "as in sample.py": b.tuned()}
+    lora.pack(ours["int8 base alone"])  # what of it is not int8
     # no id is -1: the answers never end
     ways = {name: lambda m=m: llama.generate(m, [prompt], n, eos=-1)[0] for name, m in ours.items()}
     peers = {}
@@ -353,8 +362,7 @@ def rollouts(b: Bench) -> None:
         answers["ours"] = [entry["answer"] for entry in entries]
     ways, count, peers = {"ours": ours}, {"ours": len(jobs)}, {"": ("", "")}
     if b.have("transformers"):
-        lora.save_model(model, b.scratch / "merged", b.base)
-        peer = b.peer(b.scratch / "merged")
+        peer = b.peer(b.merged())
         prompts = [text.exemplar_ids(b.tokenizer, [pool[j] for j in picks])
                    + b.tokenizer.encode(text.query_text(queries[q])) for q, picks in jobs]
         tries = {f"batches of {n}": lambda n=n: answers.update(peer=peer_answers(b, peer, prompts, n))
@@ -377,32 +385,31 @@ def rollouts(b: Bench) -> None:
 
 def rl(b: Bench) -> None:
     """Two whole steps of train_rl.py with its defaults: matching, rollouts, update."""
-    model, s, steps = b.tuned(), train_rl.Settings(max_new_tokens=b.s.max_new_tokens), 2
-    pool, queries = b.draw("pool"), b.draw("rl", steps * s.queries)
+    model, s = b.tuned(), train_rl.Settings(max_new_tokens=b.s.max_new_tokens, steps=2, seed=b.s.seed)
+    pool, queries = b.draw("pool"), b.draw("rl", s.steps * s.queries)
     vectors = matching.embed_records(model, b.tokenizer, pool)
     fresh = [train_rl.Environment(model, b.tokenizer, pool, s, "bench", b.scratch / f"rl{turn}.jsonl")
              for turn in range(b.s.repeats + 1)]
     used: list[train_rl.Environment] = []
 
     def run(env: train_rl.Environment) -> None:
-        policy = matching.Matcher(vectors, s.hidden, s.scale, torch.Generator().manual_seed(b.s.seed))
-        optimizer = torch.optim.Adam(policy.parameters(), lr=s.lr)
-        draw = torch.Generator().manual_seed(b.s.seed)  # the same in every turn: a warm cache knows all picks
-        for step in range(steps):
-            now = queries[step * s.queries:(step + 1) * s.queries]
-            embedded = matching.embed_records(model, b.tokenizer, now).repeat_interleave(s.samples, 0)
-            picks, log_prob, _ = policy.episodes(embedded, vectors, s.m, generator=draw)
-            entries = env.scores([q for q in now for _ in range(s.samples)], picks.tolist())
-            rewards = torch.tensor([env.reward(e) for e in entries]).view(-1, s.samples)
-            optimizer.zero_grad()
-            (-(train_rl.leave_one_out(rewards).view(-1) * log_prob).mean()).backward()
-            optimizer.step()
+        policy = matching.Matcher(vectors, s.hidden, s.scale, s.candidates,
+                                  torch.Generator().manual_seed(b.s.seed))
+        def ask(rows: list[int], picks: torch.Tensor) -> torch.Tensor:
+            asked = [queries[row] for row in rows for _ in range(s.samples)]
+            return torch.tensor([env.reward(e) for e in env.scores(asked, picks.tolist())])
+        def embed(rows: list[int]) -> torch.Tensor:
+            return matching.embed_records(model, b.tokenizer, [queries[row] for row in rows])
+        def none(rows: list[int]) -> torch.Tensor:  # is blocked
+            return torch.zeros(len(rows), len(pool), dtype=torch.bool)
+        for _ in train_rl.reinforce(policy, embed, vectors, none, len(queries), ask, s):
+            pass
 
     def cold() -> None:
         used.append(fresh.pop())
         run(used[-1])
     seconds = alternate({"cold": cold, "warm": lambda: run(used[-1])}, b.s.repeats)
-    served = steps * s.queries * s.samples
+    served = s.steps * s.queries * s.samples
     for how, t in seconds.items():
         b.add(f"RL as a whole, m = {s.m}, pool of {len(pool)}, {how} cache, {len(used[-1].known)} different "
               f"of {served}", "rollouts/s", served / t)
@@ -413,7 +420,7 @@ def matcher(b: Bench) -> None:
     model, s = b.tuned(), train_rl.Settings()
     pool, queries = b.draw("pool"), b.draw("val", 8)
     vectors, embedded = (matching.embed_records(model, b.tokenizer, part) for part in (pool, queries))
-    policy = matching.Matcher(vectors, s.hidden, s.scale)
+    policy = matching.Matcher(vectors, s.hidden, s.scale, s.candidates)
     for m in (1, 2):
         def pick(m=m) -> list:
             return [sample.match(policy, query[None], vectors, m) for query in embedded]
