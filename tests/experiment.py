@@ -133,7 +133,7 @@ def play(s: Settings) -> None:
         print(f"seed {seed}: learned {learned[-1]:.1f}, regret {best * 100 - learned[-1]:.1f} "
               f"(kNN's {(best - nearest) * 100:.1f}), entropy {log[-1]['entropy']:.2f}", flush=True)
     learned = torch.tensor(learned)
-    print(f"learned {learned.mean():.1f} +- {learned.std():.1f} over {s.seeds} seeds\n")
+    print(f"learned {learned.mean():.1f} +- {learned.std(unbiased=False):.1f} over {s.seeds} seeds\n")
 
 
 def collapse(s: Settings) -> dict[str, list[dict]]:
