@@ -70,7 +70,7 @@ class Settings:
     scale: float = opt(50.0, "softmax over cosine * scale at the start; a flat one loses ground at first")
     candidates: int = opt(8, "nearest prompts that the policy chooses among: few, so each is tried often")
     # REINFORCE
-    steps: int = opt(60, "updates; each asks the LLM for up to queries x samples answers")
+    steps: int = opt(100, "updates; each asks the LLM for up to queries x samples answers; 50 gain a third")
     queries: int = opt(16, "queries in a step, all different: many queries teach more than many passes")
     samples: int = opt(8, "episodes of a query, K; the baseline of one is the mean of the others")
     lr: float = opt(3e-4, "Adam's learning rate, falling linearly to zero; 1e-3 fell below kNN")

@@ -405,7 +405,7 @@ TABLE = {  # what it is: (command, damage, what the sentence must say)
         "matcher.json is missing; run python train_rl.py first"),
     "matcher of another model": (ASK + "--adapter none", nothing, "was trained on embeddings of model"),
     "matcher of another width": (ASK, lambda home, _: narrow(home),
-        "embeddings 24 wide, the model's have 48; train"),
+        "embeddings 24 wide, the model's have 96; train"),
     "matcher with another width inside": (ASK, fields(META, hidden=9), "do not fit matcher.json"),
     "matcher of a killed run": (ASK, fields(META, pool=tiny.records(16)[8:]),
         "of another run than matcher.json"),

@@ -46,6 +46,7 @@ def run(base, tmp_path, monkeypatch):
                     "r": 4,
                     "shots": 2,
                     "batch_size": 4,
+                    "epochs": 2,
                     "lr": 1e-2,
                     "eval_every": 5,
                     "device": "cpu",
@@ -350,7 +351,7 @@ def test_two_processes_are_one(run, base, tmp_path):
     those of one process, but for the order in which the sums are made."""
     one = run("one", max_steps=6)
     flags = {"base": base, "data": tmp_path / "mine.jsonl", "out_dir": tmp_path / "two", "r": 4, "shots": 2,
-             "batch_size": 4, "lr": 1e-2, "eval_every": 5, "max_steps": 6, "device": "cpu",
+             "batch_size": 4, "epochs": 2, "lr": 1e-2, "eval_every": 5, "max_steps": 6, "device": "cpu",
              "dtype": "float32"}
     ended = tiny.two_processes("train_sft", tmp_path, flags)
     assert ended.stdout.count("step 6/6") == 1  # the first process speaks for both
