@@ -5,7 +5,8 @@ PILLOW tunes its LLM with LoRA (paper, section 3.1; LoRA: arXiv 2106.09685, sect
     x (.., in) --> frozen W, int8 (out, in) ----------------> + --> y (.., out)
          \\--> A (r, in), trained --> B (out, r), trained --> * alpha / r
 
-B starts at zero, so at step 0 the model is the base exactly. int8 here is weight-only, symmetric, one scale
+B starts at zero, so at step 0 the model is the base exactly. A must not: B's gradient is s g^T (x A^T), and
+with both at zero nothing would ever move. int8 here is weight-only, symmetric, one scale
 an output row: W is about q * s with q in [-127, 127]. A LoRA layer *holds* whatever linear it adapts:
 quantisation and adaptation do not know of each other.
 
@@ -35,7 +36,7 @@ ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
 # is 1.2e-3 nats a token (KL divergence) from fp32 instead of 3.9e-3, its perplexity -0.07% instead of -0.53%
 # (20,400 tokens; standard errors 0.04% and 0.07%).
 INT8_LINEAR = ("q_proj", "k_proj", "o_proj", "gate_proj", "up_proj")
-PEFT_PREFIX = "base_model.model.model."  # without it PEFT loads nothing and only warns (trap 7)
+PEFT_PREFIX = "base_model.model.model."  # without it PEFT loads nothing and only warns
 
 
 # ---- the frozen base in int8 ------------------------------------------------------------------------------
@@ -49,7 +50,8 @@ class Int8MatMul(torch.autograd.Function):
     """y = x @ W^T, keeping only the int8 of W for backward.
 
     The plain expression would make autograd keep a float copy of every weight: 1 + 2 bytes a weight, worse
-    than a bf16 base (trap 5). Casting again in backward costs little time and no memory; gradients are equal.
+    than a bf16 base. Casting again in backward costs little time and no memory; gradients are equal. This
+    serves int8 linears without LoRA; LoRAMatMul does the same for those with it.
     """
 
     @staticmethod
@@ -122,7 +124,8 @@ class LoRAMatMul(torch.autograd.Function):
 
 
 class LoRALinear(nn.Module):
-    """y = base(x) + x A^T B^T * alpha / r around any linear; A and B are fp32 whatever the base is."""
+    """y = x W^T + x A^T B^T * alpha / r around any linear, whose W LoRAMatMul reads: `base` is held, not
+    called. A and B are fp32 whatever the base is."""
 
     def __init__(self, base: nn.Linear | Int8Linear, r: int, alpha: float,
                  generator: torch.Generator | None = None):
@@ -184,7 +187,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 def merge(model: nn.Module) -> None:
     """W + B A * alpha / r as one dense weight for each LoRA layer: nothing extra in a forward pass.
 
-    Explicit, never on eval(), where it would edit weights behind one's back (trap 6). An int8 base is
+    Explicit, never on eval(), where it would edit weights behind one's back. An int8 base is
     dequantised, since the adapter was trained against that; it is kept, so unmerge is exact. To round the sum
     to int8 again would cost 0.04 nats a token (measured after train_sft.py, standard error 0.007).
     """
@@ -212,9 +215,12 @@ class PackedLinear(nn.Module):
 
 
 def pack(model: nn.Module) -> None:
-    """Makes a model that will only answer faster where that is possible (CPU, bf16): merged LoRA layers (what
-    is under them goes), plain linears and the head are packed. There is no way back to training."""
-    if model.norm.weight.dtype != torch.bfloat16 or model.norm.weight.device.type != "cpu":
+    """Makes a model that will only answer faster where that is possible (CPU, bf16, oneDNN): merged LoRA
+    layers (what is under them goes), plain linears and the head are packed, a tied head into a copy of its
+    own (57 MB of SmolLM2). There is no way back to training or to a file."""
+    weight = model.norm.weight
+    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or not (
+            torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return
     found = [(module, name) for module in model.modules() if not isinstance(module, LoRALinear)
              for name, child in module.named_children() if isinstance(child, (nn.Linear, LoRALinear))]
@@ -289,6 +295,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def save_model(model: nn.Module, folder: str | Path, base: str | Path) -> None:
     """All weights (LoRA merged) as a Hugging Face folder, which --base takes, and transformers too."""
     folder, tensors = Path(folder), {}
+    if any(isinstance(module, PackedLinear) for module in model.modules()):
+        raise ValueError("a packed model only answers; save it before pack().")
     for name, tensor in model.state_dict().items():
         if not name.endswith((".A", ".B", ".q", ".scale")):  # a base's bias stays, under its own name
             tensors[name.replace(".base.", ".")] = tensor
@@ -357,7 +365,7 @@ def load_adapter(model: nn.Module, folder: str | Path, base_id: str, template: s
     trained, _ = load_tensors(folder / "adapter_model.safetensors")
     add_lora(model, config["r"], config["lora_alpha"], targets)
     wanted = adapter_tensors(model)
-    for name in sorted(wanted | trained):  # every tensor of either side, or PEFT's silence repeats (trap 7)
+    for name in sorted(wanted | trained):  # every tensor of either side, or PEFT's silence repeats
         ours, theirs = (list(side[name].shape) if name in side else "absent" for side in (wanted, trained))
         if ours != theirs or not trained[name].isfinite().all():
             raise ValueError(f"{folder}: tensor '{name}' is {theirs}, in this model it is {ours} (of finite "

@@ -5,7 +5,7 @@ far, and picks one more prompt; the picked prompts, in that order, are read by t
 
     prompt j --frozen LLM--> e_j --prompt tower--> u_j \\
                                                         scale * <s, u_j> -> softmax over those not yet picked
-    query    --frozen LLM--> q  --state tower----> s   /
+    query    --frozen LLM--> q  --state tower----> s   /                     and among the nearest candidates
     mean of the picked e_j ------^
 
 Both towers are residual and their last layer starts at zero. So before training s = q and u_j = e_j: the
@@ -38,8 +38,8 @@ from lora import load_adapter, load_tensors, merge, pack, quantize, save_json, s
 from model import Transformer, fingerprint, pad, read_json
 from model import load as load_base
 
-# What the instruction counts in the nearest prompt: with 0.5 that is of the query's task for 75% of val, with
-# 0.95 for 98%, and between the prompts of a task the input decides.
+# The share of the instruction's cosine in "nearest"; the input's is the rest. At 0.5 the nearest prompt is of
+# the query's task for 75% of val, at 0.95 for 98%, and between the prompts of a task the input decides.
 INSTRUCTION = 0.95
 
 
@@ -78,10 +78,11 @@ def embed(model: Transformer, texts: Sequence[Sequence[list[int]]], batch_size: 
         ids, _ = pad([joined[i] for i in batch])  # (B, T)
         hidden = model(ids.to(model.embed_tokens.weight.device)).float().cpu()  # (B, T, C)
         for row, i in enumerate(batch):
-            end = 0
+            start = 0
             for n, part in enumerate(texts[i]):
-                start, end = end, min(end + len(part), len(joined[i]))
-                vectors[i, n] = hidden[row, start:end].mean(0) if end > start else vectors[i, max(0, n - 1)]
+                piece = hidden[row, start:min(start + len(part), len(joined[i]))]
+                vectors[i, n] = piece.mean(0) if len(piece) else vectors[i, n - 1]
+                start += len(part)
     return vectors.flatten(1)
 
 
@@ -91,7 +92,7 @@ def embed_records(model: Transformer, tokenizer: Tokenizer, records: Sequence[Re
     more, drown the instruction's. Without the template's headers, which are the same for all (measured: as
     good, at half the tokens)."""
     return embed(model, [(tokenizer.bos + tokenizer.encode(r["instruction"] + "\n"),
-                          tokenizer.encode(r["input"])) for r in records])
+                          tokenizer.encode(r["input"].strip())) for r in records])
 
 
 # ---- the policy ------------------------------------------------------------------------------------------
@@ -115,7 +116,7 @@ class Tower(nn.Module):
 
 class Matcher(nn.Module):
     """The two towers, how much each part of an embedding counts, and the embedded pool (P, 2 C): its mean and
-    deviation standardise every embedding, and stored with the towers (trap 11: a policy belongs to its pool)
+    deviation standardise every embedding, and stored with the towers (a policy belongs to its pool)
     it need not be embedded again.
 
     candidates: of the whole pool the policy chooses among this many nearest prompts (default: all).
@@ -131,14 +132,16 @@ class Matcher(nn.Module):
         self.register_buffer("deviation", pool.std(0, unbiased=False).clamp(min=1e-3), persistent=False)
         self.prompt_tower = Tower(width, width, hidden, generator)
         self.state_tower = Tower(2 * width, width, hidden, generator)
-        self.parts = nn.Parameter(torch.zeros(2))  # log of the factors that RL puts on the two parts
+        self.log_factors = nn.Parameter(torch.zeros(2))  # of instruction and input: RL may weigh them anew
         self.scale = scale  # softmax over cosine * scale: a flat start samples bad prompts and loses ground
-        self.candidates = candidates
+        self.candidates = min(candidates, 1 << 20)
 
     def standardise(self, embedding: Tensor) -> Tensor:
-        """-> (.., 2 C), of length 1: a product of two is the mean of two cosines, the instruction's counting
-        INSTRUCTION, the input's the rest."""
-        halves = F.normalize(((embedding - self.mean) / self.deviation).unflatten(-1, (2, -1)), dim=-1)
+        """-> (.., 2 C), of length 1: a product of two is INSTRUCTION * the instructions' cosine + the rest *
+        the inputs'. A half that does not vary in the pool is rounding noise, and eps keeps it small (others
+        are near sqrt(C) = 24 long)."""
+        halves = ((embedding - self.mean) / self.deviation).unflatten(-1, (2, -1))  # (.., 2, C)
+        halves = F.normalize(halves, dim=-1, eps=1.0)
         shares = halves.new_tensor([[INSTRUCTION], [1 - INSTRUCTION]])  # (2, 1)
         return (halves * shares.sqrt()).flatten(-2)
 
@@ -167,10 +170,11 @@ class Matcher(nn.Module):
             near = (query @ pool.T).masked_fill(blocked, -torch.inf).topk(max(m, self.candidates)).indices
             taken = blocked | torch.ones_like(blocked).scatter(1, near, False)
         drawn, log_prob, entropy = [], 0.0, 0.0
-        picked_sum = torch.zeros_like(query)  # (B, 2 C)
+        picked_sum = torch.zeros_like(query)  # (B, 2 C); with m = 1 it stays so
         for step in range(m):
             state = self.state_tower(torch.cat((query, picked_sum / max(1, step)), dim=-1))  # (B, 2 C)
-            weighed = state.unflatten(-1, (2, -1)) * (self.scale * self.parts.exp())[:, None]  # (B, 2, C)
+            factors = self.scale * self.log_factors.exp()  # (2)
+            weighed = state.unflatten(-1, (2, -1)) * factors[:, None]  # (B, 2, C)
             logits = (weighed.flatten(-2) @ prompts.T).masked_fill(taken, -torch.inf)  # (B, P)
             log_probs = logits.log_softmax(-1)  # (B, P)
             if picks is not None:
@@ -242,7 +246,7 @@ def save(matcher: Matcher, folder: str | Path, pool: Sequence[Record], m: int, m
     folder = Path(folder)
     # a run killed between the two files must not show the prompts of an older run's pool
     save_tensors(matcher.state_dict(), folder / "matcher.safetensors",
-                 {"made": fit_together(pool, model_id, matcher.scale)})
+                 {"made": fit_together(pool, model_id, m, matcher.scale, matcher.candidates, INSTRUCTION)})
     save_json({"m": m, "hidden": matcher.prompt_tower.up.out_features, "scale": matcher.scale,
                "candidates": matcher.candidates, "model_id": model_id, **notes, "pool": list(pool)},
               folder / "matcher.json")
@@ -265,8 +269,9 @@ def load(folder: str | Path, model_id: str) -> tuple[Matcher, list[Record], int]
     file = folder / "matcher.safetensors"
     tensors, made = load_tensors(file)
     pool = [check_record(r, f"{folder}/matcher.json: record {n}") for n, r in enumerate(meta["pool"], 1)]
-    if made.get("made", "") not in ("", fit_together(pool, model_id, meta["scale"])):
-        raise ValueError(f"{file}: of another run than matcher.json; run train_rl.py again.")
+    facts = meta["m"], meta["scale"], meta["candidates"], INSTRUCTION
+    if made.get("made", "") not in ("", fit_together(pool, model_id, *facts)):
+        raise ValueError(f"{file}: of another run (or INSTRUCTION) than matcher.json; run train_rl.py again.")
     vectors, bias = tensors.get("pool", torch.zeros(0)), tensors.get("prompt_tower.up.bias", torch.zeros(0))
     if vectors.dim() != 2 or [len(vectors), *bias.shape] != [len(pool), meta["hidden"]] or (
             not all(tensor.isfinite().all() for tensor in tensors.values())):

@@ -78,7 +78,7 @@ class Config:
                 ("quantization_config" in raw, "a quantised checkpoint (give the original)"),
                 (raw.get("hidden_act", "silu") != "silu", f"hidden_act '{raw.get('hidden_act')}'"),
                 (raw.get("attention_bias") or raw.get("mlp_bias"), "attention_bias or mlp_bias"),
-                # ignoring a rope type looks fine on short texts and breaks on long ones (trap 1)
+                # ignoring a rope type looks fine on short texts and breaks on long ones
                 (kind not in ("default", "llama3"), f"rope type '{kind}' (only default and llama3)"),
                 (window and not (isinstance(window, int) and window >= raw["max_position_embeddings"]),
                  f"sliding_window {window}")):
@@ -166,8 +166,8 @@ def rope_tables(config: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position: dimensions i and i + D/2 turn together, as Hugging Face lays weights out. Trap 1: in
-    Meta's files 2i and 2i + 1 do, and with the wrong pairs the first token still looks right."""
+    """Rotary position: dimensions i and i + D/2 turn together, as Hugging Face lays weights out. In Meta's
+    files 2i and 2i + 1 do, and with the wrong pairs the first token still looks right."""
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)  # roll swaps the halves
 
 
@@ -271,8 +271,8 @@ class Transformer(nn.Module):
             start, cache.end = cache.end, cache.end + T
             cache.real[:, start:cache.end] = True if real is None else real
             seen = cache.real[:, :cache.end]  # (B, S)
-            # A row's position counts its own real columns: with positions shared by the batch, every
-            # shorter row would be silently mispredicted (trap 4).
+            # A row's position counts its own real columns. Rotary positions act by distances, so padding at
+            # the left alone would do no harm; between a prefix and its prompt it would push them apart.
             positions = (seen.cumsum(1) - 1)[:, start:].clamp(min=0)  # (B, T)
             columns, new = torch.arange(cache.end, device=ids.device), new[:, None] + start  # (S), (T, 1)
             # Each column sees the real ones up to itself; a padded one sees itself too, or softmax gives NaN.
@@ -364,7 +364,7 @@ def fingerprint(folder: str | Path) -> str:
 
 def pick_device(device: str, dtype: str) -> tuple[str, torch.dtype]:
     """What --device and --dtype mean here. "auto" is cuda where there is one, and bfloat16 where the machine
-    multiplies it natively: emulated bf16 is several times slower than float32 (trap 10)."""
+    multiplies it natively: emulated bf16 is several times slower than float32."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device) or dtype not in ("auto", "bfloat16", "float32"):
         raise ValueError(f"--device {device} --dtype {dtype}: choose auto, cpu, cuda or mps, and auto, "
                          "bfloat16 or float32.")

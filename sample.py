@@ -45,7 +45,8 @@ class Settings:
 
 @torch.no_grad()
 def match(matcher: matching.Matcher, query: Tensor, pool: Tensor, m: int) -> list[tuple[int, float]]:
-    """The policy's greedy picks for one query (1, C), each with its probability at its step."""
+    """The policy's greedy picks for one query (1, 2 C), each with its probability at its step: among the
+    candidates not yet picked, so no chance of being right."""
     picks = matcher.episodes(query, pool, m, greedy=True)[0]  # (1, m)
     # log pi of the first 1, 2, .. m picks: what each adds is the log-probability of its step
     # (m is 1 to 4, and an episode costs far less than a token: clearer than returning each step's)
@@ -113,15 +114,17 @@ def main(s: Settings) -> None:
         print(f"(no matcher in {s.matcher}: " + ("the nearest prompts of the pool are taken" if pool else
               "no prompts are matched") + "; to train one, python train_rl.py)")
     if s.pool and not s.no_match:  # a pool of your own: any will do, since prompts are embedded, not indexed
-        vectors = matching.embed_records(model, tokenizer, pool)  # (P, C)
+        vectors = matching.embed_records(model, tokenizer, pool)  # (P, 2 C)
         matcher = matcher or matching.Matcher(vectors, hidden=1)  # untrained: nearest neighbours
     m = min(s.m or trained_m, len(pool))
+    if matcher:
+        matcher.candidates = max(m, matcher.candidates)
     generator = torch.Generator(device).manual_seed(s.seed)
 
     def answer(query: Record) -> None:
         exemplars = []
         if vectors is not None:
-            vector = matching.embed_records(model, tokenizer, [query])  # (1, C)
+            vector = matching.embed_records(model, tokenizer, [query])  # (1, 2 C)
             for j, probability in match(matcher, vector, vectors, m):
                 p = pool[j]
                 print(f"matched ({probability:.0%}): {p['instruction']} | {p['input']} -> {p['output']}")

@@ -53,7 +53,7 @@ class Settings:
     shots: int = opt(1, "up to this many prompts before a sample; as many as train_rl.py will match")
     shots_share: float = opt(0.5, "share of the samples that get prompts; the rest keeps zero-shot use alive")
     # optimisation
-    epochs: int = opt(1, "passes over the records; a third one overfits 1,000 records")
+    epochs: int = opt(1, "passes over the records")
     batch_size: int = opt(8, "records in a step; one pass ends at val loss 0.83, in steps of 16 at 0.97")
     micro_tokens: int = opt(384, "tokens of a micro-batch: fewer take less memory and more time")
     lr: float = opt(1e-3, "peak learning rate; LoRA takes ten times that of full fine-tuning")
@@ -238,7 +238,7 @@ def main(s: Settings) -> None:
     print(f"base {base} in {dtype} on {device}: weights of {held / 1e6:.0f} MB, "
           f"{sum(p.numel() for p in trained) / 1e6:.2f} million of them trained; "
           f"{steps} steps of {s.batch_size} records")
-    # Trap 2, by eye: the answer and EOS inside the marks, nothing else, in a sample as it is trained on.
+    # By eye: the answer and EOS inside the marks, nothing else, in a sample as it is trained on.
     ids, n = epoch_steps(records, tokenizer, s, 0)[0][0]
     print(f"one sample as the model reads it, the part with loss between >>> and <<<:\n"
           f"{tokenizer.decode(ids[:-n])}>>>{tokenizer.decode(ids[-n:-1])}<EOS><<<\n")
@@ -259,7 +259,7 @@ def main(s: Settings) -> None:
             if place == 0 or step == start:
                 order = epoch_steps(records, tokenizer, s, epoch)
             mine = order[place][rank::world]  # a short last step may leave a process without any
-            # Trap 3: divide by the answer tokens of ALL micro-batches (of all processes); a mean of their
+            # Divide by the answer tokens of ALL micro-batches (of all processes); a mean of their
             # means would weigh short answers more.
             answer_tokens = sum(n for _, n in order[place])
             loss = 0.0

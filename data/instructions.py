@@ -110,7 +110,7 @@ def training_example(tokenizer: Tokenizer, record: Record, exemplars: Sequence[R
                      max_length: int) -> tuple[list[int], int] | None:
     """(ids, n): the last n ids are the answer and its EOS, and they alone carry loss.
 
-    EOS is part of the loss, or the model never learns to stop (trap 2). Exemplars that do not fit are
+    EOS is part of the loss, or the model never learns to stop. Exemplars that do not fit are
     dropped, the farthest first; None if the record itself does not fit: an answer that is cut loses its
     EOS.
     """

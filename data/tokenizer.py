@@ -19,7 +19,7 @@ import tiktoken
 # What ByteLevel(use_regex) cuts by: contractions, words, numbers, marks, white space (GPT-2's rule).
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # With Digits(individual_digits) before it (SmolLM): each digit stands alone and takes no leading space; white
-# space before a digit ends its piece there, hence \p{N} in the look-ahead. Trap 8: GPT-2's own pattern gives
+# space before a digit ends its piece there, hence \p{N} in the look-ahead. GPT-2's own pattern gives
 # other ids for every number.
 DIGITS_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 

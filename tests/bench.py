@@ -349,8 +349,9 @@ def rollouts(b: Bench) -> None:
     pool, queries = b.draw("pool", 50), b.draw("rl", 2 * s.queries)  # of two steps
     vectors, embedded = (matching.embed_records(model, b.tokenizer, part) for part in (pool, queries))
     with torch.no_grad():
-        picks = matching.Matcher(vectors).episodes(embedded.repeat_interleave(s.samples, 0), vectors, s.m,
-                                                   generator=torch.Generator().manual_seed(b.s.seed))[0]
+        picks = matching.Matcher(vectors, candidates=s.candidates).episodes(
+            embedded.repeat_interleave(s.samples, 0), vectors, s.m,
+            generator=torch.Generator().manual_seed(b.s.seed))[0]
     asked = [q for q in range(len(queries)) for _ in range(s.samples)]
     jobs = list(dict.fromkeys(zip(asked, map(tuple, picks.tolist()), strict=True)))  # each pair once
     # A new environment for every turn, made before the clock starts: no turn finds what another left behind.
@@ -463,10 +464,10 @@ def growth(b: Bench) -> None:
     for rows in [2**i for i in range(7)]:
         ids = torch.randint(model.config.vocab_size, (rows, 64), generator=generator).to(b.device)
         work("forward, 64 tokens, rows:", rows, rows * 64, lambda ids=ids: model(ids))
-    query = torch.randn(16, model.config.hidden_size, generator=generator)
+    query = torch.randn(16, 2 * model.config.hidden_size, generator=generator)
     for size in (10, 100, 1000, 10_000):
         pool = torch.randn(size, query.size(1), generator=generator)
-        policy = matching.Matcher(pool, train_rl.Settings().hidden)
+        policy = matching.Matcher(pool, train_rl.Settings().hidden, candidates=8)
         work("matcher, prompts in the pool:", size, len(query),
              lambda policy=policy, pool=pool: policy.episodes(query, pool, 2, greedy=True))
     rates: dict[str, list] = {}

@@ -39,7 +39,7 @@ class Settings:
     sft: str = opt("", "with --runs: comma-separated folders of train_sft.py runs, for their losses")
     seeds: int = opt(10, "seeds of the policy")
     steps: int = opt(200, "updates of 16 queries, 8 episodes each")
-    lr: float = opt(3e-4, "Adam's learning rate, as in train_rl.py")
+    lr: float = opt(3e-4, "Adam's learning rate, as in train_rl.py; the collapse has 1e-3")
     figures: str = opt("out", "folder for the figures")
 
 
@@ -82,13 +82,18 @@ def table_of(s: Settings) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
 # ---- REINFORCE on the table -------------------------------------------------------------------------------
 
 class WithReplacement(matching.Matcher):
-    """PromptPG's slip: pairs are drawn without replacement, their log-probability is summed as if with it."""
+    """PromptPG's policy, whose scores do not see earlier picks, and its slip: pairs are drawn without
+    replacement, their log-probability is summed as if with it."""
 
-    def episodes(self, query, pool, m, picks=None, **how):
-        with torch.no_grad():
-            drawn, _, _ = super().episodes(query, pool, m, picks, **how)
-        first = [super(WithReplacement, self).episodes(query, pool, 1, drawn[:, t:t + 1]) for t in range(m)]
-        return drawn, sum(log_prob for _, log_prob, _ in first), sum(e for *_, e in first) / m
+    def episodes(self, query, pool, m, blocked=None, **how):
+        taken = torch.zeros(len(query), len(pool), dtype=torch.bool) if blocked is None else blocked
+        drawn, log_prob = [], 0.0
+        for _ in range(m):
+            pick, _, _ = super().episodes(query, pool, 1, blocked=taken, **how)
+            _, one, entropy = super().episodes(query, pool, 1, picks=pick, blocked=blocked)
+            taken, log_prob = taken.scatter(1, pick, True), log_prob + one
+            drawn.append(pick)
+        return torch.cat(drawn, dim=1), log_prob, entropy
 
 
 def run(t: dict[str, Tensor], s: train_rl.Settings, kind: type = matching.Matcher,
@@ -112,7 +117,7 @@ def run(t: dict[str, Tensor], s: train_rl.Settings, kind: type = matching.Matche
 def greedy(matcher: matching.Matcher, t: dict[str, Tensor], split: str, m: int) -> dict[str, float]:
     picks = matcher.episodes(t[split], t["pool"], m, greedy=True)[0]  # (N, m)
     sets = [tuple(sorted(p)) for p in picks.tolist()]
-    return {f"{split}": t[f"reward.{split}"].gather(1, picks).mean().item(),
+    return {split: t[f"reward.{split}"].gather(1, picks).mean().item(),
             f"{split} top share": max(map(sets.count, sets)) / len(sets), f"{split} sets": len(set(sets))}
 
 
@@ -136,22 +141,24 @@ def play(s: Settings) -> None:
     print(f"learned {learned.mean():.1f} +- {learned.std(unbiased=False):.1f} over {s.seeds} seeds\n")
 
 
-def collapse(s: Settings) -> dict[str, list[dict]]:
+def collapse(s: Settings, seeds: int = 5) -> dict[str, list[list[dict]]]:
     """The same loop with and without what keeps it from collapsing: m = 2, all 36 prompts, PromptPG's
-    learning rate 1e-3, seed 0."""
+    learning rate 1e-3. Chance decides much, hence several seeds."""
     t, _ = table_of(s)
-    settings = train_rl.Settings(m=2, steps=s.steps * 2, lr=1e-3, scale=20.0, candidates=1 << 20, seed=0)
-    bare = replace(settings, entropy=0.0)
-    logs = {"ours": run(t, settings)[1],
-            "no baseline, no entropy bonus": run(t, bare, advantage=lambda rewards: rewards)[1],
-            "with-replacement log-probability, no entropy bonus": run(t, bare, WithReplacement)[1],
-            "all three": run(t, bare, WithReplacement, lambda rewards: rewards)[1]}
-    for name, log in logs.items():
-        print(f"\n{name}")
-        for line in (log[0], log[len(log) // 4 - 1], log[-1]):
-            print(f"  step {line['step']}: entropy {line['entropy']:.2f}, training reward "
-                  f"{line['reward'] * 100:.1f}, greedy on val {line['val'] * 100:.1f}, {line['val sets']} "
-                  f"different pairs, top one {line['val top share']:.0%}")
+    ours = train_rl.Settings(m=2, steps=2 * s.steps, lr=1e-3, scale=20.0, candidates=1 << 20)
+    bare = replace(ours, entropy=0.0)
+    def raw(rewards: Tensor) -> Tensor:
+        return rewards
+    ways = {"ours": lambda seed: run(t, replace(ours, seed=seed)),
+            "no baseline, no entropy bonus": lambda seed: run(t, replace(bare, seed=seed), advantage=raw),
+            "PromptPG: that, and its log-probability": lambda seed: run(
+                t, replace(bare, seed=seed), WithReplacement, raw)}
+    logs = {name: [way(seed)[1] for seed in range(seeds)] for name, way in ways.items()}
+    for name, of_seeds in logs.items():
+        print(f"{name}, {seeds} seeds: greedy on val {of_seeds[0][0]['val'] * 100:.1f} at step 1, at the end",
+              [round(log[-1]["val"] * 100, 1) for log in of_seeds], "entropy",
+              [round(log[-1]["entropy"], 2) for log in of_seeds], "share of the top pair, at most",
+              [round(max(line["val top share"] for line in log), 2) for log in of_seeds], flush=True)
     return logs
 
 
@@ -161,8 +168,12 @@ def over_runs(folders: list[str]) -> dict[str, dict[str, str]]:
     """Mean of each row over runs (seeds), and 95% intervals of the mean differences, by a bootstrap over
     queries. All runs must be on the whole test split (--test_queries 0)."""
     tables = [json.loads(Path(folder, "table.json").read_text("utf-8")) for folder in folders]
+    if any(t["settings"]["test_queries"] for t in tables):
+        raise ValueError(f"{folders}: not all on the whole test split: --eval_only --test_queries 0.")
     seen, rows = torch.tensor(tables[0]["seen"]), {}
     for name, columns in tables[0]["rows"].items():
+        if any(name not in t["rows"] for t in tables):  # full fine-tuning, say, was run beside one seed
+            continue
         rows[name] = {c: f"{sum(t['rows'][name][c] for t in tables) / len(tables):.1f}" for c in columns}
         for other in ("no prompt", "nearest (kNN)") if name in tables[0]["rouge of each query"] else ():
             gap = torch.stack([torch.tensor(t["rouge of each query"][name])  # (runs, N) -> (N)
@@ -200,7 +211,8 @@ def what_is_learned(folder: str) -> tuple[list[str], Tensor]:
     def shown(record: Record) -> str:
         return f"{record['task']}: {record['instruction']} | {record['input']} -> {record['output']}"
     order = sorted(range(len(test)), key=lambda i: gaps[i])
-    for what, rows in (("beats the nearest prompt", order[-5:]), ("loses to it", order[:5])):
+    for what, rows in (("beats the nearest prompt", [i for i in order[-5:] if gaps[i] > 0]),
+                       ("loses to it", [i for i in order[:5] if gaps[i] < 0])):
         for i in rows:
             print(f"{what} by {abs(gaps[i]) * 100:.0f} points: {shown(test[i])}\n"
                   f"  learned {shown(pool[learned[i][0]])}\n  nearest {shown(pool[nearest[i][0]])}")
@@ -222,13 +234,16 @@ def finish(figure, axes, file: Path) -> None:
     print(f"(figure {file})")
 
 
-def draw_collapse(logs: dict[str, list[dict]], file: Path) -> None:
+def draw_collapse(logs: dict[str, list[list[dict]]], file: Path) -> None:
+    """The mean over seeds, and each seed thin behind it."""
     figure, axes = panels(3)
     shown = {"entropy": "entropy, 1 is uniform", "val": "greedy reward on val",
              "val top share": "share of the most frequent pair, greedy, val"}
     for axis, (key, title) in zip(axes.flat, shown.items(), strict=True):
-        for name, log in logs.items():
-            axis.plot([line["step"] for line in log], [line[key] for line in log], label=name, alpha=0.8)
+        for color, (name, of_seeds) in enumerate(logs.items()):
+            lines = torch.tensor([[line[key] for line in log] for log in of_seeds])
+            axis.plot(lines.T, color=f"C{color}", alpha=0.2, linewidth=0.7)
+            axis.plot(lines.mean(0), color=f"C{color}", label=name)
         axis.set(title=title, xlabel="step")
     axes[0, 2].legend(fontsize=7)
     finish(figure, axes, file)

@@ -434,8 +434,17 @@ def test_packed_answers_are_the_same_bits(make_folder, family, int8):
             assert torch.equal(logits(packed, ids), logits(model, ids))
 
 
-def test_only_bf16_on_a_cpu_is_packed(tuned):
+def test_what_cannot_be_packed_stays(tuned, llama, tmp_path, monkeypatch):
+    """fp32, and processors without the instructions; and what is packed is not saved without its weights."""
     lora.merge(tuned)
     before = logits(tuned, random_ids())
     lora.pack(tuned)
     assert lora.lora_layers(tuned) and torch.equal(logits(tuned, random_ids()), before)
+    model = load(llama[0], torch.bfloat16)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    lora.pack(model)
+    assert type(model.layers[0].mlp.up_proj) is nn.Linear
+    monkeypatch.undo()
+    lora.pack(model)
+    with pytest.raises(ValueError, match="before pack"):
+        lora.save_model(model, tmp_path / "x", llama[0])

@@ -43,11 +43,11 @@ def trained(pool: torch.Tensor, seed: int = 0) -> matching.Matcher:
 def test_untrained_policy_is_knn(m):
     """Design: RL starts from the strongest simple baseline. Against a plain top-m of standardised cosines, a
     mean of the instruction's and the input's."""
-    queries, pool = vectors(40, 1), vectors(12, 2)
+    queries, pool = vectors(40, 1, 60), vectors(12, 2, 60)
     mean, deviation = pool.mean(0), ((pool - pool.mean(0)) ** 2).mean(0).sqrt()
     q, p = (queries - mean) / deviation, (pool - mean) / deviation
     wanted = sum(share * F.cosine_similarity(q[:, None, half], p[None, :, half], dim=-1)
-                 for half, share in ((slice(3), 0.95), (slice(3, 6), 0.05))).topk(m).indices
+                 for half, share in ((slice(30), 0.95), (slice(30, 60), 0.05))).topk(m).indices
     fresh = matching.Matcher(pool, generator=torch.Generator().manual_seed(3))
     assert torch.equal(fresh.episodes(queries, pool, m, greedy=True)[0], wanted)
     assert torch.equal(matching.knn(queries, pool, m), wanted)
@@ -55,19 +55,29 @@ def test_untrained_policy_is_knn(m):
     assert not torch.equal(raw, wanted)  # or standardising would not have been tested
 
 
-def test_parts_weigh_instruction_against_input():
+def test_factors_weigh_instruction_against_input():
     """With the instruction's half alone the input cannot change a pick, and the other way round."""
     queries, pool = vectors(40, 1), vectors(12, 2)
     other, picks = vectors(40, 3), []
     for half in (slice(3), slice(3, 6)):
         matcher = matching.Matcher(pool)
         with torch.no_grad():
-            matcher.parts[:] = torch.tensor([0.0, -20.0] if half.start is None else [-20.0, 0.0])
+            matcher.log_factors[:] = torch.tensor([0.0, -20.0] if half.start is None else [-20.0, 0.0])
         changed = other.clone()
         changed[:, half] = queries[:, half]
         picks.append(matcher.episodes(queries, pool, 1, greedy=True)[0])
         assert torch.equal(picks[-1], matcher.episodes(changed, pool, 1, greedy=True)[0])
     assert not torch.equal(*picks)
+
+
+def test_a_half_that_does_not_vary_in_the_pool_decides_nothing():
+    """A pool of one instruction: its half differs by rounding alone, which length 1 would blow up."""
+    queries, pool = vectors(40, 1, 60), vectors(12, 2, 60)
+    queries[:, :30] = pool[:, :30] = 5 + 1e-7 * torch.randn(30, generator=torch.Generator().manual_seed(4))
+    wanted = matching.knn(queries, pool, 1)
+    noisy = pool.clone()
+    noisy[:, :30] += 2e-6 * torch.randn(12, 30, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(matching.knn(queries, noisy, 1), wanted) and len(wanted.unique()) > 3
 
 
 def test_candidates_are_the_nearest_that_are_free():

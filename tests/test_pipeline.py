@@ -68,6 +68,8 @@ def test_the_whole_way_on_the_real_model(tmp_path):
            "--random_seeds", 1, "--max_new_tokens", 8, "--adapter", sft, "--out_dir", rl)
     text = script("train_rl.py", *few)
     assert "validation reward" in text and "next: python sample.py" in text
+    assert len((rl / "rewards.jsonl").read_bytes().splitlines()) > 30
+    script("train_rl.py", *few, "--eval_only")
     files = {"matcher.safetensors", "matcher.json", "rewards.jsonl", "log.jsonl", "table.json",
              "run.json"}
     assert {f.name for f in rl.iterdir()} == files
@@ -76,8 +78,6 @@ def test_the_whole_way_on_the_real_model(tmp_path):
             "learned"} <= rows.keys()
     # eight queries say little; but the nearest prompts are often of the right task, and no prompt never is
     assert rows["nearest (kNN)"]["right_task"] > 0 == rows["no prompt"]["right_task"]
-    known = (rl / "rewards.jsonl").read_bytes()
-    assert len(known.splitlines()) > 40
 
     text = script("sample.py", "--prompt", "Write the date in our style.", "--input", "March 9, 2021",
                   "--pool", ROOT / "data" / "example_pool.jsonl", "--adapter", sft, "--matcher", rl,
