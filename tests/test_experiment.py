@@ -2,10 +2,12 @@
 
     pytest tests/test_experiment.py
 """
+import json
 import re
 from dataclasses import replace
 
 import experiment
+import pytest
 import torch
 
 import train_rl
@@ -30,18 +32,15 @@ def test_the_table_is_numbers_and_ids():
 
 
 def test_without_a_baseline_the_policy_collapses_and_ours_does_not():
-    """PromptPG's published log: one fixed pair by epoch 5. All rewards are positive, so without a baseline
-    whatever was drawn is reinforced; 400 steps at its learning rate, both from the same start."""
+    """All rewards are positive, so without a baseline whatever was drawn is reinforced. 400 steps, seed 0,
+    both from the same start and, at first, with the same draws (deterministic: chance decides much here)."""
     t, _ = experiment.table_of(experiment.Settings())
     s = train_rl.Settings(m=2, steps=400, lr=1e-3, scale=20.0, candidates=1 << 20, seed=0)
-    ours, bare = experiment.run(t, s)[1], replace(s, entropy=0.0)
-    no_baseline = experiment.run(t, bare, advantage=lambda rewards: rewards)[1]
-    promptpg = experiment.run(t, bare, experiment.WithReplacement, lambda rewards: rewards)[1]
-    assert ours[0]["reward"] == no_baseline[0]["reward"]  # the same draws at first
-    for other in (no_baseline, promptpg):
-        assert ours[-1]["val"] > other[-1]["val"] + 0.03 and ours[-1]["reward"] > other[-1]["reward"] + 0.03
-    assert max(line["val top share"] for line in promptpg) > 0.5  # one pair for most queries
-    assert max(line["val top share"] for line in ours) <= 0.25
+    ours = experiment.run(t, s)[1]
+    bare = experiment.run(t, replace(s, entropy=0.0), advantage=lambda rewards: rewards)[1]
+    assert ours[0]["reward"] == bare[0]["reward"]
+    assert bare[-1]["entropy"] < 0.05 < ours[-1]["entropy"]
+    assert ours[-1]["val"] > bare[-1]["val"] + 0.05 and ours[-1]["reward"] > bare[-1]["reward"] + 0.05
 
 
 def test_learning_on_the_table_beats_the_nearest_prompt():
@@ -54,3 +53,26 @@ def test_learning_on_the_table_beats_the_nearest_prompt():
         learned.append(experiment.greedy(experiment.run(t, s)[0], t, "test", 1)["test"])
     best = t["reward.test"].amax(1).mean().item()
     assert nearest + 0.005 < sum(learned) / 3 < best
+
+
+def test_runs_are_averaged_by_query(tmp_path):
+    """Rows are means over runs; an interval is that of the queries' mean difference, by part of the split."""
+    scores = {"no prompt": [[0.0, 0.5, 0.0], [0.0, 0.5, 0.2]],
+              "nearest (kNN)": [[0.5, 0.5, 1.0], [0.5, 0.5, 0.4]],
+              "learned": [[1.0, 1.0, 1.0], [1.0, 1.0, 0.4]]}
+    for run in range(2):
+        rows = {name: {"exact_new": 10.0 * (run + 1)} for name in scores}
+        if run == 0:
+            rows["full fine-tuning, learned"] = {"exact_new": 1.0}  # beside one seed alone: left out
+        table = {"settings": {"test_queries": 0}, "rows": rows, "seen": [True, True, False],
+                 "rouge of each query": {name: of[run] for name, of in scores.items()}}
+        (tmp_path / str(run)).mkdir()
+        (tmp_path / str(run) / "table.json").write_text(json.dumps(table))
+    rows = experiment.over_runs([str(tmp_path / "0"), str(tmp_path / "1")])
+    assert list(rows) == list(scores) and all(row["exact_new"] == "15.0" for row in rows.values())
+    assert rows["learned"]["seen minus nearest (kNN)"] == "+50.0 [+50.0, +50.0]"
+    assert rows["learned"]["new minus no prompt"] == "+60.0 [+60.0, +60.0]"
+    table["settings"]["test_queries"] = 256
+    (tmp_path / "1" / "table.json").write_text(json.dumps(table))
+    with pytest.raises(ValueError, match="--test_queries 0"):
+        experiment.over_runs([str(tmp_path / "0"), str(tmp_path / "1")])
