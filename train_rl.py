@@ -68,9 +68,9 @@ class Settings:
     m: int = opt(1, "prompts picked for each query")
     hidden: int = opt(128, "width of the towers' hidden layer; 512 is no better")
     scale: float = opt(50.0, "softmax over cosine * scale at the start; a flat one loses ground at first")
-    candidates: int = opt(8, "nearest prompts that the policy chooses among: few, so each is tried often")
+    candidates: int = opt(4, "nearest prompts that the policy chooses among: few, so each is tried often")
     # REINFORCE
-    steps: int = opt(100, "updates; each asks the LLM for up to queries x samples answers; 50 gain a third")
+    steps: int = opt(50, "updates; each asks the LLM for up to queries x samples answers")
     queries: int = opt(16, "queries in a step, all different: many queries teach more than many passes")
     samples: int = opt(8, "episodes of a query, K; the baseline of one is the mean of the others")
     lr: float = opt(3e-4, "Adam's learning rate, falling linearly to zero; at 1e-2 the policy collapses")

@@ -467,7 +467,7 @@ def growth(b: Bench) -> None:
     query = torch.randn(16, 2 * model.config.hidden_size, generator=generator)
     for size in (10, 100, 1000, 10_000):
         pool = torch.randn(size, query.size(1), generator=generator)
-        policy = matching.Matcher(pool, train_rl.Settings().hidden, candidates=8)
+        policy = matching.Matcher(pool, train_rl.Settings().hidden, candidates=4)
         work("matcher, prompts in the pool:", size, len(query),
              lambda policy=policy, pool=pool: policy.episodes(query, pool, 2, greedy=True))
     rates: dict[str, list] = {}
