@@ -253,7 +253,8 @@ def log_of(folder: str) -> list[dict]:
     return [json.loads(line) for line in Path(folder, "log.jsonl").read_text("utf-8").splitlines()]
 
 
-def draw_runs(s: Settings, rows: dict[str, dict[str, str]]) -> None:
+def draw_runs(s: Settings) -> None:
+    """The learning curves of all runs; of the first one the comparison and what is matched."""
     folder, runs = Path(s.figures), s.runs.split(",")
     figure, axes = panels(1)
     for run in runs:
@@ -265,9 +266,10 @@ def draw_runs(s: Settings, rows: dict[str, dict[str, str]]) -> None:
     axes[0, 0].legend()
     finish(figure, axes, folder / "rl.png")
 
+    gaps = json.loads(Path(runs[0], "table.json").read_text("utf-8"))["gaps"]
     figure, axes = panels(2, 3.6)
     for axis, part in zip(axes.flat, ("seen", "new"), strict=True):
-        named = [(name, row) for name, row in rows.items() if f"{part} minus no prompt" in row]
+        named = [(name, row) for name, row in gaps.items() if f"{part} minus no prompt" in row]
         for y, (_, row) in enumerate(reversed(named)):
             mean, low, high = map(float, row[f"{part} minus no prompt"].translate(
                 str.maketrans("", "", "[],")).split())
@@ -302,7 +304,8 @@ def main(s: Settings) -> None:
     if s.make:
         make(s)
     elif s.runs:
-        draw_runs(s, over_runs(s.runs.split(",")))
+        over_runs(s.runs.split(","))
+        draw_runs(s)
     else:
         play(s)
         draw_collapse(collapse(s), Path(s.figures, "collapse.png"))
