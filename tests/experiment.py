@@ -200,7 +200,8 @@ def what_is_learned(folder: str) -> tuple[list[str], Tensor]:
             counts[tasks.index(query["task"]), tasks.index(pool[j]["task"])] += 1
     p = counts / counts.sum()
     of_asked, of_picked = p.sum(1, keepdim=True), p.sum(0, keepdim=True)
-    bits = (p * (p / (of_asked * of_picked)).clamp(min=1e-12).log2()).sum().item()
+    there = p > 0
+    bits = (p[there] * (p / (of_asked * of_picked))[there].log2()).sum().item()
     entropy = -(of_asked * of_asked.log2()).sum().item()
     changed = sum(a != b for a, b in zip(learned, nearest, strict=True))
     print(f"\n{folder}: another prompt than the nearest for {changed} of {len(test)} queries; "
@@ -274,7 +275,7 @@ def draw_runs(s: Settings) -> None:
             mean, low, high = map(float, row[f"{part} minus no prompt"].translate(
                 str.maketrans("", "", "[],")).split())
             axis.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color="C0", capsize=3)
-        axis.set(title=f"{part} tasks: ROUGE-L minus LoRA without prompts", xlabel="points, 95% interval",
+        axis.set(title=f"{part} tasks", xlabel="ROUGE-L minus LoRA without prompts, 95% interval",
                  yticks=range(len(named)))
         axis.set_yticklabels([name for name, _ in reversed(named)])
         axis.axvline(0, color="grey")
@@ -289,13 +290,13 @@ def draw_runs(s: Settings) -> None:
 
     if s.sft:
         figure, axes = panels(1)
-        for run in s.sft.split(","):
-            log = log_of(run)
-            for key, style in (("loss", "-"), ("val_loss", "o-")):
-                line = [(x["step"], x[key]) for x in log if key in x]
-                axes[0, 0].plot(*zip(*line, strict=True), style, label=f"{Path(run).name}, {key}",
-                                alpha=0.4 if key == "loss" else 1)
-        axes[0, 0].set(title="fine-tuning: loss of the answers", xlabel="step", ylabel="nats a token")
+        for color, run in enumerate(s.sft.split(",")):
+            dots = {"marker": "o", "label": Path(run).name}
+            for key, style in (("loss", {"alpha": 0.25}), ("val_loss", dots)):
+                line = [(x["step"], x[key]) for x in log_of(run) if key in x]
+                axes[0, 0].plot(*zip(*line, strict=True), color=f"C{color}", **style)
+        axes[0, 0].set(title="loss of the answers: thin in training, dots on val", xlabel="step",
+                       ylabel="nats a token", ylim=(0, 3))
         axes[0, 0].legend(fontsize=7)
         finish(figure, axes, folder / "sft.png")
 
