@@ -134,7 +134,7 @@ class Matcher(nn.Module):
         self.state_tower = Tower(2 * width, width, hidden, generator)
         self.log_factors = nn.Parameter(torch.zeros(2))  # of instruction and input: RL may weigh them anew
         self.scale = scale  # softmax over cosine * scale: a flat start samples bad prompts and loses ground
-        self.candidates = min(candidates, 1 << 20)
+        self.candidates = min(candidates, 1 << 20)  # more could not be read back from matcher.json
 
     def standardise(self, embedding: Tensor) -> Tensor:
         """-> (.., 2 C), of length 1: a product of two is INSTRUCTION * the instructions' cosine + the rest *

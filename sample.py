@@ -117,7 +117,7 @@ def main(s: Settings) -> None:
         vectors = matching.embed_records(model, tokenizer, pool)  # (P, 2 C)
         matcher = matcher or matching.Matcher(vectors, hidden=1)  # untrained: nearest neighbours
     m = min(s.m or trained_m, len(pool))
-    if matcher:
+    if matcher:  # else `match`'s shorter episodes would have fewer candidates than the whole one
         matcher.candidates = max(m, matcher.candidates)
     generator = torch.Generator(device).manual_seed(s.seed)
 

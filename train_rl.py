@@ -221,6 +221,9 @@ class Environment:
         """R(q, a), 0 to 1: the paper's mix of a textual and a semantic similarity to the reference."""
         return self.s.textual * entry["rouge"] + (1 - self.s.textual) * entry["semantic"]
 
+    def rewards(self, queries: Sequence[Record], picks: Sequence[Sequence[int]]) -> Tensor:  # (N)
+        return torch.tensor([self.reward(entry) for entry in self.scores(queries, picks)])
+
     def mean_reward(self, queries: Sequence[Record], picks: Sequence[Sequence[int]]) -> float:
         return sum(map(self.reward, self.scores(queries, picks))) / len(queries)
 
@@ -451,8 +454,7 @@ def main(s: Settings) -> None:
             return [records["rl"][row] for row in rows]
 
         def ask(rows: list[int], picks: Tensor) -> Tensor:  # rewards (B K), K episodes of each query
-            asked = [query for query in of(rows) for _ in range(s.samples)]
-            return torch.tensor([env.reward(e) for e in env.scores(asked, picks.tolist())])
+            return env.rewards([query for query in of(rows) for _ in range(s.samples)], picks.tolist())
 
         def blocked(rows: list[int]) -> Tensor:  # (B, P)
             return matching.same_question(of(rows), pool)

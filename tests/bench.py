@@ -397,8 +397,7 @@ def rl(b: Bench) -> None:
         policy = matching.Matcher(vectors, s.hidden, s.scale, s.candidates,
                                   torch.Generator().manual_seed(b.s.seed))
         def ask(rows: list[int], picks: torch.Tensor) -> torch.Tensor:
-            asked = [queries[row] for row in rows for _ in range(s.samples)]
-            return torch.tensor([env.reward(e) for e in env.scores(asked, picks.tolist())])
+            return env.rewards([queries[row] for row in rows for _ in range(s.samples)], picks.tolist())
         def embed(rows: list[int]) -> torch.Tensor:
             return matching.embed_records(model, b.tokenizer, [queries[row] for row in rows])
         def none(rows: list[int]) -> torch.Tensor:  # is blocked
@@ -464,10 +463,10 @@ def growth(b: Bench) -> None:
     for rows in [2**i for i in range(7)]:
         ids = torch.randint(model.config.vocab_size, (rows, 64), generator=generator).to(b.device)
         work("forward, 64 tokens, rows:", rows, rows * 64, lambda ids=ids: model(ids))
-    query = torch.randn(16, 2 * model.config.hidden_size, generator=generator)
+    query, s = torch.randn(16, 2 * model.config.hidden_size, generator=generator), train_rl.Settings()
     for size in (10, 100, 1000, 10_000):
         pool = torch.randn(size, query.size(1), generator=generator)
-        policy = matching.Matcher(pool, train_rl.Settings().hidden, candidates=4)
+        policy = matching.Matcher(pool, s.hidden, s.scale, s.candidates)
         work("matcher, prompts in the pool:", size, len(query),
              lambda policy=policy, pool=pool: policy.episodes(query, pool, 2, greedy=True))
     rates: dict[str, list] = {}

@@ -19,15 +19,16 @@ import torch
 from matplotlib import pyplot
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import lora
+import matcher as matching
+import model as llama
+import train_rl
+from data.instructions import TEMPLATE, Record, read_records
+from data.prepare import TASKS, cli, ensure_base, ensure_data, opt
+from data.tokenizer import Tokenizer
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import lora  # noqa: E402
-import matcher as matching  # noqa: E402
-import model as llama  # noqa: E402
-import train_rl  # noqa: E402
-from data.instructions import TEMPLATE, Record, read_records  # noqa: E402
-from data.prepare import TASKS, cli, ensure_base, ensure_data, opt  # noqa: E402
-from data.tokenizer import Tokenizer  # noqa: E402
 
 
 @dataclass
@@ -66,8 +67,8 @@ def make(s: Settings) -> None:
     names = {"pool": [name_of(r) for r in pool]}
     for split, asked in queries.items():
         print(f"{split}: {len(asked)} queries x {len(pool)} prompts", flush=True)
-        entries = env.scores([q for q in asked for _ in pool], [[j] for _ in asked for j in range(len(pool))])
-        rewards = torch.tensor([env.reward(e) for e in entries])
+        each = [[j] for j in range(len(pool))]
+        rewards = env.rewards([q for q in asked for _ in pool], each * len(asked))
         tensors[f"reward.{split}"] = rewards.view(len(asked), len(pool)).half()
         tensors[split] = matching.embed_records(model, tokenizer, asked).half()
         names[split] = [name_of(r) for r in asked]
@@ -122,7 +123,7 @@ def greedy(matcher: matching.Matcher, t: dict[str, Tensor], split: str, m: int) 
 
 
 def play(s: Settings) -> None:
-    t, names = table_of(s)
+    t, _ = table_of(s)
     settings = train_rl.Settings(m=1, steps=s.steps, lr=s.lr)
     test, trained = t["reward.test"], t["reward.rl"]
     nearest = greedy(matching.Matcher(t["pool"], 1), t, "test", 1)["test"]
@@ -187,9 +188,9 @@ def over_runs(folders: list[str]) -> dict[str, dict[str, str]]:
     return rows
 
 
-def what_is_learned(folder: str) -> tuple[list[str], Tensor]:
+def what_is_learned(folder: str) -> Tensor:
     """Does the pick depend on the query? Mutual information of task asked and task picked; examples where the
-    learned pick beats the nearest prompt most, and loses most. Returns tasks and counts (asked, picked)."""
+    learned pick beats the nearest prompt most, and loses most. Returns the counts (asked, picked)."""
     table = json.loads(Path(folder, "table.json").read_text("utf-8"))
     pool = json.loads(Path(folder, "matcher.json").read_text("utf-8"))["pool"]
     test, tasks = read_records(ensure_data("bigbench") / "test.jsonl"), list(TASKS["seen"] | TASKS["new"])
@@ -217,7 +218,7 @@ def what_is_learned(folder: str) -> tuple[list[str], Tensor]:
         for i in rows:
             print(f"{what} by {abs(gaps[i]) * 100:.0f} points: {shown(test[i])}\n"
                   f"  learned {shown(pool[learned[i][0]])}\n  nearest {shown(pool[nearest[i][0]])}")
-    return tasks, counts
+    return counts
 
 
 # ---- figures ----------------------------------------------------------------------------------------------
@@ -281,7 +282,7 @@ def draw_runs(s: Settings) -> None:
         axis.axvline(0, color="grey")
     finish(figure, axes, folder / "comparison.png")
 
-    tasks, counts = what_is_learned(runs[0])
+    counts = what_is_learned(runs[0])
     figure, axes = pyplot.subplots(figsize=(7, 6), layout="constrained", squeeze=False)
     axes[0, 0].imshow(counts / counts.sum(1, keepdim=True), cmap="viridis", interpolation="nearest")
     axes[0, 0].set(title="share of a task's test queries that get a prompt of a task",

@@ -70,6 +70,7 @@ def test_the_whole_way_on_the_real_model(tmp_path):
     assert "validation reward" in text and "next: python sample.py" in text
     assert len((rl / "rewards.jsonl").read_bytes().splitlines()) > 30
     script("train_rl.py", *few, "--eval_only")
+    assert len((rl / "rewards.jsonl").read_bytes().splitlines()) > 40
     files = {"matcher.safetensors", "matcher.json", "rewards.jsonl", "log.jsonl", "table.json",
              "run.json"}
     assert {f.name for f in rl.iterdir()} == files

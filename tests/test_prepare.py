@@ -288,6 +288,22 @@ def test_instructions_are_unique_and_tasks_too():
     assert [text for text in texts if "{" in text or re.fullmatch(tense, text)] == [TASKS["tense"]]
 
 
+def test_nobody_chose_which_operations_are_new():
+    """Lines are ordered by the hash of their names in each of the two parts: the instruction without its
+    style where there are styles, else a task, the first one but for these."""
+    given, names = {"past_tense_regular", "plural_regular", "subtask045"}, {"seen": [], "new": []}
+    file = prepare.DATA / "bigbench_tasks.json"
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if line.startswith(" "):
+            group = json.loads("{" + line.strip().removesuffix(",") + "}")
+            assert list(group) == sorted(group)
+            task = next(iter(given & group.keys()), next(iter(group)))
+            operation, style, _ = group[task].partition(", style ")
+            names["seen" if task in prepare.TASKS["seen"] else "new"].append(operation if style else task)
+    assert [len(part) for part in names.values()] == [40, 18]
+    assert all(part == sorted(part, key=lambda name: sha256(name.encode())) for part in names.values())
+
+
 def test_an_operation_is_seen_in_all_styles_or_new_in_all():
     seen, new = prepare.TASKS["seen"], prepare.TASKS["new"]
     assert (len(seen), len(new)) == (109, 37)
