@@ -6,12 +6,14 @@ PILLOW tunes its LLM with LoRA (paper, section 3.1; LoRA: arXiv 2106.09685, sect
          \\--> A (r, in), trained --> B (out, r), trained --> * alpha / r
 
 B starts at zero, so at step 0 the model is the base exactly. A must not: B's gradient is s g^T (x A^T), and
-with both at zero nothing would ever move. int8 here is weight-only, symmetric, one scale
-an output row: W is about q * s with q in [-127, 127]. A LoRA layer *holds* whatever linear it adapts:
-quantisation and adaptation do not know of each other.
+with both at zero nothing would ever move. int8 is of weights alone, symmetric, one scale s an output row:
 
-Simplified: no dropout, no per-module ranks, no bias training; files are PEFT's, so either side reads the
-other's.
+    a row of W     0.50   -1.27    0.03      s = 1.27 / 127 = 0.01: the row's largest becomes 127
+    kept of it       50    -127       3      a byte each, and s; q * s is the row again, to within s / 2
+
+A LoRA layer *holds* whatever linear it adapts: quantisation and adaptation do not know of each other.
+
+Simplified: no dropout, no per-module ranks, no bias training. Files are PEFT's: either reads the other's.
 
 Try: python -c "import model, lora; print(lora.quantize(model.load('data/base')).layers[0].self_attn)"
 """
@@ -87,10 +89,6 @@ class Int8Linear(nn.Module):
             y = Int8MatMul.apply(x, self.q, self.scale)
         return y if self.bias is None else y + self.bias
 
-    def dense(self) -> Tensor:
-        """The weight (out, in) that the int8 stands for, in fp32."""
-        return dequantize(self.q, self.scale, torch.float32)
-
 
 def stored(linear: nn.Linear | Int8Linear) -> tuple[Tensor, Tensor | None]:
     """(weight (out, in), None), or (int8, scale): what `dequantize` takes."""
@@ -109,16 +107,16 @@ class LoRAMatMul(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, A: Tensor, B: Tensor, s: float, W: Tensor, scale: Tensor | None) -> Tensor:
-        A, B = A.to(x.dtype), (B * s).to(x.dtype)  # s here, where numbers are few
+        A, sB = A.to(x.dtype), (B * s).to(x.dtype)  # s here, where numbers are few
         low = x @ A.T  # (N, r)
         ctx.s = s
-        ctx.save_for_backward(x, low, A, B, W, scale)
-        return (x @ dequantize(W, scale, x.dtype).T).addmm_(low, B.T)  # (N, out)
+        ctx.save_for_backward(x, low, A, sB, W, scale)
+        return (x @ dequantize(W, scale, x.dtype).T).addmm_(low, sB.T)  # (N, out)
 
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple:
-        x, low, A, B, W, scale = ctx.saved_tensors
-        g_low = g @ B  # (N, r), with s in it
+        x, low, A, sB, W, scale = ctx.saved_tensors
+        g_low = g @ sB  # (N, r): s g B
         g_x = (g @ dequantize(W, scale, x.dtype)).addmm_(g_low, A)
         return g_x, (g_low.T @ x).float(), (g.T @ low).float() * ctx.s, None, None, None
 
@@ -146,12 +144,6 @@ class LoRALinear(nn.Module):
         y = LoRAMatMul.apply(x.flatten(0, -2), self.A, self.B, self.scaling, *stored(self.base))
         y = y.view(*x.shape[:-1], -1)  # (.., out)
         return y if self.base.bias is None else y + self.base.bias
-
-    def merge(self, dtype: torch.dtype) -> None:
-        if self.merged is not None:
-            raise ValueError("this LoRA layer is merged already; merging twice would add it twice.")
-        weight = dequantize(*stored(self.base), torch.float32).float() + self.B @ self.A * self.scaling
-        self.merged = weight.detach().to(dtype)
 
 
 def replace_linears(model: nn.Module, names: Iterable[str], make) -> int:
@@ -192,7 +184,10 @@ def merge(model: nn.Module) -> None:
     to int8 again would cost 0.04 nats a token (measured after train_sft.py, standard error 0.007).
     """
     for layer in lora_layers(model).values():
-        layer.merge(model.norm.weight.dtype)
+        if layer.merged is not None:
+            raise ValueError("this LoRA layer is merged already; merging twice would add it twice.")
+        weight = dequantize(*stored(layer.base), torch.float32).float() + layer.B @ layer.A * layer.scaling
+        layer.merged = weight.detach().to(model.norm.weight.dtype)
 
 
 def unmerge(model: nn.Module) -> None:
@@ -251,18 +246,6 @@ def replacing(path: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)  # a full disk: what was half written goes
 
 
-def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict | None = None) -> None:
-    """To a name that `replacing` gave."""
-    save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, path,
-              metadata={k: str(v) for k, v in (metadata or {}).items()})
-    path.chmod(0o644)  # safetensors writes it readable for its owner alone
-
-
-def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict | None = None) -> None:
-    with replacing(path) as temporary:
-        write_tensors(tensors, temporary, metadata)
-
-
 def json_bytes(content: dict) -> bytes:
     return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
 
@@ -272,18 +255,40 @@ def save_json(content: dict, path: Path) -> None:
         temporary.write_bytes(json_bytes(content))
 
 
-def save_with(tensors: dict[str, Tensor], path: Path, others: dict[str, bytes]) -> None:
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict | None = None,
+                 beside: dict[str, bytes] | None = None) -> None:
     """Tensors, and beside them the small files that say how to read them. A run that is killed must not leave
     its tensors with an older run's alpha or base: where these files change, the old tensors go first. On a
     full disk nothing goes, since the new ones must be written by then."""
     with replacing(path) as temporary:
-        write_tensors(tensors, temporary, {"format": "pt"})
-        for name, content in others.items():
+        save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, temporary,
+                  metadata={k: str(v) for k, v in (metadata or {}).items()})
+        temporary.chmod(0o644)  # safetensors writes it readable for its owner alone
+        for name, content in (beside or {}).items():
             file = path.with_name(name)
             if not file.exists() or file.read_bytes() != content:
                 path.unlink(missing_ok=True)
                 with replacing(file) as new:
                     new.write_bytes(content)
+
+
+def plot_log(log: Path, unit: str, *keys: str) -> None:
+    """A run's log, its `keys` over the steps, as a picture beside it; none where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure  # not pyplot, which would look for a screen
+    except ImportError:
+        return
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    for key in keys:
+        points = [(line["step"], line[key]) for line in lines if key in line]
+        axis.plot(*zip(*points, strict=True), marker="o" if len(points) < len(lines) else "", label=key)
+    axis.set(xlabel="step", ylabel=unit)
+    axis.legend()
+    axis.grid(alpha=0.3)
+    with replacing(log.with_suffix(".png")) as file:
+        figure.savefig(file, dpi=120)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -307,11 +312,11 @@ def save_model(model: nn.Module, folder: str | Path, base: str | Path) -> None:
                 raise ValueError("merge the LoRA layers before the whole model is saved.")
             tensors[key] = layer.merged
         elif isinstance(layer, Int8Linear) and key not in tensors:  # no target of LoRA: written dense
-            tensors[key] = layer.dense().to(model.norm.weight.dtype)
+            tensors[key] = dequantize(*stored(layer), torch.float32).to(model.norm.weight.dtype)
     names = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json")
-    save_with({n if n.startswith("lm_head") else f"model.{n}": t for n, t in tensors.items()},
-              folder / "model.safetensors",
-              {name: Path(base, name).read_bytes() for name in names if Path(base, name).exists()})
+    save_tensors({n if n.startswith("lm_head") else f"model.{n}": t for n, t in tensors.items()},
+                 folder / "model.safetensors", {"format": "pt"},
+                 {name: Path(base, name).read_bytes() for name in names if Path(base, name).exists()})
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -330,8 +335,8 @@ def save_adapter(model: nn.Module, folder: str | Path, base: str, base_id: str, 
               "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True}
     ours = {"base_id": base_id, "int8": any(isinstance(module, Int8Linear) for module in model.modules()),
             "template": template}
-    save_with(adapter_tensors(model), folder / "adapter_model.safetensors",
-              {"adapter_config.json": json_bytes(config), "nanopillow.json": json_bytes(ours)})
+    save_tensors(adapter_tensors(model), folder / "adapter_model.safetensors", {"format": "pt"},
+                 {"adapter_config.json": json_bytes(config), "nanopillow.json": json_bytes(ours)})
 
 
 def load_adapter(model: nn.Module, folder: str | Path, base_id: str, template: str) -> None:

@@ -115,9 +115,10 @@ class Tower(nn.Module):
 
 
 class Matcher(nn.Module):
-    """The two towers, how much each part of an embedding counts, and the embedded pool (P, 2 C): its mean and
-    deviation standardise every embedding, and stored with the towers (a policy belongs to its pool)
-    it need not be embedded again.
+    """Two towers, a learned factor for each half of the state (1 at first), and the embedded pool (P, 2 C).
+
+    The pool's mean and deviation standardise every embedding. It is stored with the towers: a policy belongs
+    to its pool, which then need not be embedded again.
 
     candidates: of the whole pool the policy chooses among this many nearest prompts (default: all).
     """
@@ -160,19 +161,20 @@ class Matcher(nn.Module):
             raise ValueError(f"the matcher is for embeddings {len(self.mean)} wide, the model's have "
                              f"{query.size(1)}; train a matcher for this model.")
         query, pool = self.standardise(query), self.standardise(pool)
-        prompts = self.prompt_tower(pool)  # (P, 2 C)
         if blocked is None:
             blocked = torch.zeros(len(query), len(pool), dtype=torch.bool)
         if (~blocked).sum(1).min() < m:
             raise ValueError(f"the pool has {len(pool)} prompts, too few to pick {m} a query; lower --m.")
-        taken = blocked  # (B, P)
+        taken = blocked  # (B, P), true: not to be picked (blocked, no candidate or, later, picked already)
         if self.candidates < len(pool):
             near = (query @ pool.T).masked_fill(blocked, -torch.inf).topk(max(m, self.candidates)).indices
             taken = blocked | torch.ones_like(blocked).scatter(1, near, False)
+        wanted, prompts = (~taken).any(0), torch.zeros_like(pool)  # (P), (P, 2 C)
+        prompts[wanted] = self.prompt_tower(pool[wanted])  # u_j; 0 where no query may pick j: masked below
         drawn, log_prob, entropy = [], 0.0, 0.0
         picked_sum = torch.zeros_like(query)  # (B, 2 C); with m = 1 it stays so
         for step in range(m):
-            state = self.state_tower(torch.cat((query, picked_sum / max(1, step)), dim=-1))  # (B, 2 C)
+            state = self.state_tower(torch.cat((query, picked_sum / max(1, step)), dim=-1))  # s (B, 2 C)
             factors = self.scale * self.log_factors.exp()  # (2)
             weighed = state.unflatten(-1, (2, -1)) * factors[:, None]  # (B, 2, C)
             logits = (weighed.flatten(-2) @ prompts.T).masked_fill(taken, -torch.inf)  # (B, P)
@@ -222,8 +224,7 @@ def random_picks(n_queries: int, n_prompts: int, m: int, generator: torch.Genera
 
 
 def same_question(queries: Sequence[Record], pool: Sequence[Record]) -> Tensor:
-    """(B, P), true where the prompt is the query itself: its answer would stand before the question (trap
-    11)."""
+    """(B, P), true where the prompt is the query itself: its answer would stand before the question."""
     keys = [(p["instruction"], p["input"]) for p in pool]
     same = [[(q["instruction"], q["input"]) == key for key in keys] for q in queries]
     return torch.tensor(same, dtype=torch.bool)

@@ -107,7 +107,7 @@ class Config:
 # ---- the network -----------------------------------------------------------------------------------------
 
 # RMSNorm and SwiGLU have their backward written out, since autograd keeps more of them until then (an fp32
-# copy, silu's output): for a token of a 576-wide model in bf16 2.3 kB instead of 1.2, and 9.2 instead of 6.1.
+# copy, silu's output): for a token of a 576-wide model in bf16 2.3 kB, here 1.2, and 9.2 kB, here 6.1.
 
 class Normalise(torch.autograd.Function):
     """w x / rms(x). The mean of squares overflows or loses digits in half precision, hence fp32."""
@@ -185,13 +185,14 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor,
                 cached: Tensor | None) -> Tensor:
-        """cached: None, or this layer's (2, B, G, S, D), whose last T columns are written here."""
+        """x (B, T, C) -> (B, T, C). mask (.., H/G T, S): 0 where a token may look, else -inf.
+        cached: None, or this layer's (2, B, G, S, D), whose last T columns are written here."""
         B, T, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
         k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, G, T, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, G, T, D)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        q = q.reshape(B, k.size(1), -1, self.head_dim)  # (B, G, H/G T, D): heads that share keys are its rows
+        q = q.reshape(B, k.size(1), -1, self.head_dim)  # (B, G, H/G T, D): H/G heads share a key head
         # Written out for short samples: with its backward it takes half the time of the CPU's fused kernel at
         # 250 tokens, as much at 500. It keeps T^2 numbers a head, so long ones go through the fused one.
         if cached is None and T <= 512:
@@ -263,10 +264,10 @@ class Transformer(nn.Module):
         With one: the T new columns are appended; real (B, T) says which are not padding (default: all).
         """
         T, cached = ids.size(1), [None] * len(self.layers)
-        new = torch.arange(T, device=ids.device)  # (T)
         if cache is None:
-            positions = new[None]  # (1, T)
-            visible = new <= new[:, None]  # (T, S)
+            columns = torch.arange(T, device=ids.device)  # (S), here S = T
+            positions = columns[None]  # (1, T)
+            visible = columns <= columns[:, None]  # (T, S): token t sees columns 0 to t
         else:
             start, cache.end = cache.end, cache.end + T
             cache.real[:, start:cache.end] = True if real is None else real
@@ -274,11 +275,13 @@ class Transformer(nn.Module):
             # A row's position counts its own real columns. Rotary positions act by distances, so padding at
             # the left alone would do no harm; between a prefix and its prompt it would push them apart.
             positions = (seen.cumsum(1) - 1)[:, start:].clamp(min=0)  # (B, T)
-            columns, new = torch.arange(cache.end, device=ids.device), new[:, None] + start  # (S), (T, 1)
+            columns = torch.arange(cache.end, device=ids.device)  # (S)
+            new = columns[start:, None]  # (T, 1): the new tokens' own
             # Each column sees the real ones up to itself; a padded one sees itself too, or softmax gives NaN.
             visible = (seen[:, None] & (columns <= new) | (columns == new))[:, None]  # (B, 1, T, S)
             cached = cache.kv[..., :cache.end, :]  # (L, 2, B, G, S, D)
         dtype, c = self.norm.weight.dtype, self.config
+        # Attention's rows are H/G query heads, one below the other: each needs the mask's T rows again.
         mask = torch.zeros(visible.shape, dtype=dtype, device=ids.device).masked_fill(~visible, -torch.inf)
         mask = torch.cat([mask] * (c.num_attention_heads // c.num_key_value_heads), dim=-2)  # (.., H/G T, S)
         cos, sin = (table.to(dtype) for table in rope_tables(self.config, positions))
@@ -388,7 +391,7 @@ def join(device: str) -> tuple[int, int, str]:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
         if rank:
             sys.stdout = open(os.devnull, "w")  # the first one speaks, fetches, logs and saves for all
     return rank, world, device
@@ -406,26 +409,18 @@ def first_alone(rank: int, world: int) -> Iterator[None]:
 
 # ---- generation ------------------------------------------------------------------------------------------
 
-def greedy(logits: Tensor) -> Tensor:  # (B, V) -> (B)
-    return logits.argmax(-1)
-
-
 def pad(texts: Sequence[list[int]], left: bool = False) -> tuple[Tensor, Tensor]:
     """Texts of any length -> ids (B, T), filled up with zeros, and which of them are real (B, T)."""
-    width = max(1, max(map(len, texts)))
-    ids = torch.zeros(len(texts), width, dtype=torch.long)  # (B, T)
-    real = torch.zeros(len(texts), width, dtype=torch.bool)  # (B, T)
-    for row, text in enumerate(texts):
-        start = width - len(text) if left else 0
-        ids[row, start:start + len(text)] = torch.tensor(text, dtype=torch.long)
-        real[row, start:start + len(text)] = True
-    return ids, real
+    side = "left" if left else "right"
+    rows = [torch.tensor(text, dtype=torch.long) for text in texts]
+    real = [torch.ones(len(text), dtype=torch.bool) for text in texts]
+    return tuple(nn.utils.rnn.pad_sequence(x, batch_first=True, padding_side=side) for x in (rows, real))
 
 
 @torch.no_grad()
 def generate(model: Transformer, prompts: Sequence[list[int]], max_new_tokens: int, eos: int,
              stop: Sequence[int] = (), prefixes: Sequence[Tensor | None] | None = None,
-             choose: Callable[[Tensor], Tensor] = greedy,
+             choose: Callable[[Tensor], Tensor] = lambda logits: logits.argmax(-1),
              on_token: Callable[[int, int], None] | None = None) -> list[list[int]]:
     """Continues each prompt until eos, the token sequence `stop`, or max_new_tokens; returns the new ids.
 

@@ -58,7 +58,7 @@ def match(matcher: matching.Matcher, query: Tensor, pool: Tensor, m: int) -> lis
 def draw(logits: Tensor, s: Settings, generator: torch.Generator | None) -> Tensor:
     """Logits (B, V) -> ids (B), drawn from softmax(logits / temperature) of the tokens that are left in."""
     if s.temperature == 0:
-        return llama.greedy(logits)
+        return logits.argmax(-1)
     logits = logits.float() / s.temperature
     if 0 < s.top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(s.top_k).values[:, -1:], -torch.inf)
@@ -104,26 +104,25 @@ def main(s: Settings) -> None:
         s.adapter = "none"
     model, model_id = matching.load_tuned(base, s.adapter, TEMPLATE, dtype, device)
     tokenizer = Tokenizer(base)
-    pool = matching.read_pool(s.pool) if s.pool else []
-    matcher, vectors, trained_m = None, None, 1
+    matcher, pool, m = None, [], 1
     if not s.no_match and Path(s.matcher, "matcher.json").exists():
-        matcher, stored, trained_m = matching.load(s.matcher, model_id)
-        if not pool:  # the one it was trained on, embedded already
-            pool, vectors = stored, matcher.pool
+        matcher, pool, m = matching.load(s.matcher, model_id)  # with the pool it was trained on
+        vectors = matcher.pool  # (P, 2 C)
     elif not s.no_match:
-        print(f"(no matcher in {s.matcher}: " + ("the nearest prompts of the pool are taken" if pool else
+        print(f"(no matcher in {s.matcher}: " + ("the nearest prompts of the pool are taken" if s.pool else
               "no prompts are matched") + "; to train one, python train_rl.py)")
     if s.pool and not s.no_match:  # a pool of your own: any will do, since prompts are embedded, not indexed
+        pool = matching.read_pool(s.pool)
         vectors = matching.embed_records(model, tokenizer, pool)  # (P, 2 C)
         matcher = matcher or matching.Matcher(vectors, hidden=1)  # untrained: nearest neighbours
-    m = min(s.m or trained_m, len(pool))
+    m = min(s.m or m, len(pool))
     if matcher:  # else `match`'s shorter episodes would have fewer candidates than the whole one
         matcher.candidates = max(m, matcher.candidates)
     generator = torch.Generator(device).manual_seed(s.seed)
 
     def answer(query: Record) -> None:
         exemplars = []
-        if vectors is not None:
+        if matcher:
             vector = matching.embed_records(model, tokenizer, [query])  # (1, 2 C)
             for j, probability in match(matcher, vector, vectors, m):
                 p = pool[j]

@@ -4,9 +4,11 @@ The LLM (base + LoRA) is frozen and is part of the environment. For a query q th
 (a_1..a_m), the LLM answers with them in front, and the answer's similarity to the reference is the reward
 R(q, a). We climb
 
-    J = E_q E_{a ~ pi(.|q)} [ R(q, a) ]       grad J = E [ R * grad log pi(a|q) ]      (log-derivative trick)
+    J = E_q sum_a pi(a|q) R(q, a)
+    grad J = E_q sum_a R grad pi = E_q sum_a pi R grad log pi = E_q E_{a ~ pi} [ R grad log pi(a|q) ]
 
-where log pi(a|q) is the sum over the m sequential picks. Any b that does not depend on a may be subtracted
+since grad log pi = grad pi / pi (the log-derivative trick): drawn picks are enough, and R needs no gradient.
+log pi(a|q) is the sum over the m sequential picks. Any b that does not depend on a may be subtracted
 from R, since E[grad log pi] = grad (sum of pi) = grad 1 = 0. For each query we draw K episodes; the baseline
 of episode k is the mean reward of the other K - 1 (leave-one-out): it does not depend on a_k, so it adds no
 bias, and it removes what all of them share, how easy the query is. Without it the mean is the same, but every
@@ -14,8 +16,7 @@ pick that was drawn is reinforced, since R >= 0, good or bad; with few samples t
 policy collapses (tests/experiment.py shows it). An entropy bonus, annealed to zero, keeps it looking around.
 
 Simplified: nothing else. No value network, no clipping, no KL. Answers are decoded greedily, so the reward
-is a function of (query, picks): each is computed once and kept on disk, and the same command run again
-replays it.
+is a function of (query, picks): each is computed once and kept on disk, and the same command replays it.
 
     python train_rl.py                  # needs out/sft, see train_sft.py
     python train_rl.py --eval_only      # no training: the whole comparison table, for the matcher in out/rl
@@ -40,17 +41,8 @@ from torch import Tensor
 import lora
 import matcher as matching
 import model as llama
-from data.instructions import (
-    NEXT_BLOCK,
-    TEMPLATE,
-    Record,
-    answering_prompt,
-    clean_answer,
-    exemplar_ids,
-    length_sorted_batches,
-    query_text,
-    read_records,
-)
+from data import instructions
+from data.instructions import TEMPLATE, Record, length_sorted_batches, query_text, read_records
 from data.prepare import cli, ensure_base, ensure_data, opt, record_of_run
 from data.tokenizer import Tokenizer
 
@@ -115,8 +107,8 @@ class Environment:
         self.model, self.tokenizer, self.pool, self.s = model, tokenizer, pool, s
         outputs = json.dumps([p["output"] for p in pool])  # the semantic score is standardised by them
         self.identity = [identity, hashlib.sha256(outputs.encode()).hexdigest()]
-        self.stop = tokenizer.encode(NEXT_BLOCK)
-        self.blocks = [exemplar_ids(tokenizer, [p]) for p in pool]
+        self.stop = tokenizer.encode(instructions.NEXT_BLOCK)
+        self.blocks = [instructions.exemplar_ids(tokenizer, [p]) for p in pool]
         self.groups = length_sorted_batches([len(ids) for ids in self.blocks], 4)  # prefilled together
         self.prefixes: dict[int, Tensor] = {}  # pool index -> keys and values of that prompt's block
         if self.judge is self:
@@ -171,8 +163,8 @@ class Environment:
     def prompt(self, query: Record, picks: tuple[int, ...]) -> tuple[tuple[int, ...], list[int]]:
         """(the picks that fit the context with query and answer: others go, the farthest first; what the LLM
         reads after the first pick's block)."""
-        ids, kept = answering_prompt(self.tokenizer, query, [self.pool[j] for j in picks],
-                                     self.model.config.max_position_embeddings - self.s.max_new_tokens)
+        room = self.model.config.max_position_embeddings - self.s.max_new_tokens
+        ids, kept = instructions.answering_prompt(self.tokenizer, query, [self.pool[j] for j in picks], room)
         self.shortened += kept < len(picks)
         picks = picks[len(picks) - kept:]
         return picks, ids[len(self.blocks[picks[0]]) if picks else 0:]
@@ -191,18 +183,20 @@ class Environment:
 
     def compute(self, jobs: list[tuple[str, Record, tuple[int, ...], list[int]]]) -> list[dict]:
         """One batch's answers and scores."""
-        self.prefill({picks[0] for _, _, picks, _ in jobs if picks})
-        prompts = [prompt for *_, prompt in jobs]
-        prefixes = [self.prefixes[picks[0]] if picks else None for _, _, picks, _ in jobs]
+        keys, queries, picks, prompts = zip(*jobs, strict=True)
+        self.prefill({p[0] for p in picks if p})
+        prefixes = [self.prefixes[p[0]] if p else None for p in picks]
         answers = llama.generate(self.model, prompts, self.s.max_new_tokens, self.tokenizer.eos, self.stop,
                                  prefixes)
-        texts = [clean_answer(self.tokenizer, ids) for ids in answers]
-        semantic = self.judge.similarity(texts, [query["output"] for _, query, _, _ in jobs])
+        texts = [instructions.clean_answer(self.tokenizer, ids) for ids in answers]
+        references = [query["output"] for query in queries]
+        semantic = self.judge.similarity(texts, references)
         entries = []
-        for (key, query, _, prompt), text, sem, prefix in zip(jobs, texts, semantic, prefixes, strict=True):
+        for key, prompt, prefix, text, reference, sem in zip(
+                keys, prompts, prefixes, texts, references, semantic, strict=True):
             spent = len(prompt) + (0 if prefix is None else prefix.size(3))
-            entries.append({"key": key, "answer": text, "rouge": round(rouge_l(text, query["output"]), 6),
-                            "semantic": round(sem, 6), "exact": text == query["output"].strip(),
+            entries.append({"key": key, "answer": text, "rouge": round(rouge_l(text, reference), 6),
+                            "semantic": round(sem, 6), "exact": text == reference.strip(),
                             "prompt_tokens": spent,
                             "left": len(jobs) - len(entries) - 1})  # lines of this batch still to come
         return entries
@@ -230,12 +224,11 @@ class Environment:
 
 def share(entries: list[dict]) -> list[dict]:
     """What each of torchrun's processes has, joined, in all of them. As text: a pickle could run code."""
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    text = torch.tensor(list(json.dumps(entries).encode()), dtype=torch.uint8, device=device)
-    sizes = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor([len(text)], device=device))
+    text = torch.tensor(list(json.dumps(entries).encode()), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.long) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(text)]))
     longest = max(map(int, sizes))
-    texts = [torch.zeros(longest, dtype=torch.uint8, device=device) for _ in sizes]
+    texts = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
     dist.all_gather(texts, F.pad(text, (0, longest - len(text))))
     return [e for t, size in zip(texts, sizes, strict=True) for e in json.loads(bytes(t[:size].tolist()))]
 
@@ -246,30 +239,30 @@ def leave_one_out(rewards: Tensor) -> Tensor:
     return rewards - (rewards.sum(1, keepdim=True) - rewards) / (K - 1)
 
 
-def reinforce(matcher: matching.Matcher, embed: Callable[[list[int]], Tensor], pool: Tensor,
-              blocked: Callable[[list[int]], Tensor], n: int, ask: Callable[[list[int], Tensor], Tensor],
-              s: Settings, advantage: Callable[[Tensor], Tensor] = leave_one_out) -> Iterator[dict]:
+def reinforce(matcher: matching.Matcher, queries: Tensor, pool: Tensor, blocked: Tensor,
+              ask: Callable[[list[int], Tensor], Tensor], s: Settings,
+              advantage: Callable[[Tensor], Tensor] = leave_one_out) -> Iterator[dict]:
     """The loop: s.steps updates of the matcher, in place; yields what each of them showed.
 
-    embed: rows, which are numbers of queries below n, -> (B, 2 C); blocked: rows -> (B, P); ask: rows and
-    picks (B K, m) -> rewards (B K).
+    queries (N, 2 C) and pool (P, 2 C) are embedded, blocked is (N, P); ask: the numbers of B queries, and
+    picks (B K, m) for K episodes of each -> rewards (B K).
     """
     towers = [*matcher.prompt_tower.parameters(), *matcher.state_tower.parameters()]
     rates = s.lr, 100 * s.lr  # the factors are two numbers, the same for all queries: they may move fast
     optimizer = torch.optim.Adam([{"params": towers}, {"params": [matcher.log_factors]}])
-    draw = torch.Generator().manual_seed(s.seed + 1)  # the policy's own; nothing else advances it
+    generator = torch.Generator().manual_seed(s.seed + 1)  # the policy's own; nothing else advances it
     for step in range(1, s.steps + 1):
-        rows = [((step - 1) * s.queries + i) % n for i in range(s.queries)]
+        rows = [((step - 1) * s.queries + i) % len(queries) for i in range(s.queries)]
         left = 1 - (step - 1) / s.steps  # both the learning rates and the bonus fall to zero with it
         # act: K episodes of each of the B queries, drawn from the policy as it is now
         picks, log_prob, entropy = matcher.episodes(
-            embed(rows).repeat_interleave(s.samples, 0), pool, s.m, generator=draw,
-            blocked=blocked(rows).repeat_interleave(s.samples, 0))  # (B K, m), (B K), (B K)
+            queries[rows].repeat_interleave(s.samples, 0), pool, s.m, generator=generator,
+            blocked=blocked[rows].repeat_interleave(s.samples, 0))  # (B K, m), (B K), (B K)
         # ask the LLM: no gradient goes through it, the reward is a number
         rewards = ask(rows, picks).view(-1, s.samples)  # (B, K)
         # learn: grad J is the mean of advantage * grad log pi, and optimisers descend, hence the minus
-        gain = advantage(rewards).view(-1)  # (B K)
-        loss = -(gain * log_prob).mean() - s.entropy * left * entropy.mean()
+        advantages = advantage(rewards).view(-1)  # (B K)
+        loss = -(advantages * log_prob).mean() - s.entropy * left * entropy.mean()
         if not math.isfinite(loss.item()):
             raise ValueError(f"step {step}: the loss is {loss.item()}; lower --lr (the best matcher so far "
                              f"is in {s.out_dir}).")
@@ -280,7 +273,7 @@ def reinforce(matcher: matching.Matcher, embed: Callable[[list[int]], Tensor], p
         optimizer.step()
         # collapse shows here first: entropy to 0, one set of picks with most of the episodes
         counts = Counter(map(tuple, picks.tolist()))
-        yield {"step": step, "reward": rewards.mean().item(), "advantage_std": gain.std().item(),
+        yield {"step": step, "reward": rewards.mean().item(), "advantage_std": advantages.std().item(),
                "entropy": entropy.mean().item(), "top_share": counts.most_common(1)[0][1] / len(picks),
                "distinct": len(counts)}
 
@@ -301,11 +294,17 @@ def same_for_all(picks: list[int], blocked: Tensor) -> list[list[int]]:
     return [[j for j in picks if not row[j]] for row in blocked.tolist()]
 
 
-def interval(differences: Tensor, generator: torch.Generator) -> str:
-    """Mean of paired differences with its 95% bootstrap interval, in points."""
-    draws = torch.randint(len(differences), (2000, len(differences)), generator=generator)
-    low, high = (differences[draws].mean(1) * 100).quantile(torch.tensor([0.025, 0.975])).tolist()
-    return f"{differences.mean() * 100:+.1f} [{low:+.1f}, {high:+.1f}]"
+def interval(differences: Tensor) -> list[float]:
+    """Paired differences (N) -> [mean, low, high] in points: the 95% interval by bootstrap."""
+    draws = torch.randint(len(differences), (2000, len(differences)),
+                          generator=torch.Generator().manual_seed(0))
+    low, high = differences[draws].mean(1).quantile(torch.tensor([0.025, 0.975])).tolist()
+    return [round(100 * x, 2) for x in (differences.mean().item(), low, high)]
+
+
+def cell(value: object) -> str:
+    """A figure of the tables as text."""
+    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*value) if isinstance(value, list) else str(value)
 
 
 def comparison(envs: dict[str, Environment], matcher: matching.Matcher, queries: Tensor, pool: Tensor,
@@ -355,11 +354,11 @@ def comparison(envs: dict[str, Environment], matcher: matching.Matcher, queries:
     rows = {name: {k: round(100 * float(v), 2) for k, v in row.items() if v == v}
             for name, row in rows.items()}
 
-    def show(table: dict[str, dict[str, float | str]]) -> None:
+    def show(table: dict[str, dict]) -> None:
         columns = list(table["learned"])
         print(f"| prompts | {' | '.join(columns)} |\n|---" + "|---:" * len(columns) + "|")
         for name, row in table.items():
-            print(f"| {name} | {' | '.join(str(row.get(k, '')) for k in columns)} |")
+            print(f"| {name} | {' | '.join(cell(row.get(k, '')) for k in columns)} |")
         print()
     print(f"\n{len(test)} test queries, {int(seen.sum())} of them of tasks seen in fine-tuning; m = {s.m}, "
           f"pool of {len(env.pool)}; points of 100, prompt_tokens and answer_words counted\n")
@@ -368,8 +367,7 @@ def comparison(envs: dict[str, Environment], matcher: matching.Matcher, queries:
     for other in ("no prompt", "nearest (kNN)"):
         for part, of in (("seen", seen), ("new", ~seen)):
             for name in rouge if of.any() else ():
-                gaps[name][f"{part} minus {other}"] = interval(
-                    (rouge[name] - rouge[other])[of], torch.Generator().manual_seed(0))
+                gaps[name][f"{part} minus {other}"] = interval((rouge[name] - rouge[other])[of])
     for name in rouge:
         gap = rouge[name] - rouge["nearest (kNN)"]
         gaps[name]["won / tied / lost to kNN"] = f"{(gap > 0).sum()} / {(gap == 0).sum()} / {(gap < 0).sum()}"
@@ -450,18 +448,14 @@ def main(s: Settings) -> None:
         matching.save(matcher, out, pool, s.m, model_id, step=0, val_reward=best)
         print(f"step 0 is kNN: validation reward {best:.4f}")
 
-        def of(rows: list[int]) -> list[Record]:
-            return [records["rl"][row] for row in rows]
+        queries = records["rl"][:s.steps * s.queries]  # more will not be asked
+        vectors, blocked = embed(queries), matching.same_question(queries, pool)  # (N, 2 C), (N, P)
 
         def ask(rows: list[int], picks: Tensor) -> Tensor:  # rewards (B K), K episodes of each query
-            return env.rewards([query for query in of(rows) for _ in range(s.samples)], picks.tolist())
-
-        def blocked(rows: list[int]) -> Tensor:  # (B, P)
-            return matching.same_question(of(rows), pool)
+            return env.rewards([queries[row] for row in rows for _ in range(s.samples)], picks.tolist())
 
         log, began = open(out / "log.jsonl", "w", encoding="utf-8"), time.time()
-        n = len(records["rl"])
-        for line in reinforce(matcher, lambda rows: embed(of(rows)), pool_vectors, blocked, n, ask, s):
+        for line in reinforce(matcher, vectors, pool_vectors, blocked, ask, s):
             step = line["step"]
             line |= {"cache_hits": 1 - env.computed / env.asked, "seconds": time.time() - began}
             if step % s.eval_every == 0 or step == s.steps:
@@ -475,9 +469,11 @@ def main(s: Settings) -> None:
                   f"{env.computed / line['seconds']:.1f} rollouts/s{note}", flush=True)
             log.write(json.dumps({k: round(v, 5) for k, v in line.items()}) + "\n")
             log.flush()
+        lora.plot_log(out / "log.jsonl", "reward", "reward", "val_reward", "val_reward_knn")
         matcher, _, _ = matching.load(out, model_id)  # the best one, which may be step 0: kNN
     envs = {"LoRA": env}
-    for name, folder in (("base", base if s.adapter != "none" else ""), ("full", s.full)) * s.eval_only:
+    others = {"base": base if s.adapter != "none" else "", "full": s.full} if s.eval_only else {}
+    for name, folder in others.items():
         if folder and Path(folder).is_dir():  # what LoRA with prompts is compared with
             other, other_id = matching.load_tuned(folder, "none", TEMPLATE, dtype, device)
             envs[name] = Environment(other, tokenizer, pool, s, f"{other_id} {dtype}, judge {model_id}",

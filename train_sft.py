@@ -2,8 +2,9 @@
 
 The loss is the mean negative log-likelihood of the answers' tokens, given all that stands before them:
 
-    loss = - sum over answers, sum over t of log p(token_t | prompts, question, tokens before t) / tokens
+    loss = - 1/N * sum over answers, sum over t of log p(token_t | prompts, question, answer before t)
 
+where N counts the answer tokens, EOS too, of a whole step, over all of its micro-batches.
 The loop is nanoGPT's: draw a step's records, sum the loss, step, log. What PILLOW adds: a part of the
 samples is read with prompts in front (--shots), since that is how the model will be used. A LoRA that never
 saw prompts loses by them what matching could gain.
@@ -72,8 +73,7 @@ class Settings:
 def pick_exemplars(records: list[Record], i: int, shots: int, share: float,
                    rng: random.Random) -> list[Record]:
     """Prompts for record i: none, or 1 to `shots`. Three in four are of its own task, as good matching
-    would give; the fourth is any record, so that the model learns to look at a prompt before copying from
-    it."""
+    would give; the fourth is any record, so that the model learns to look at a prompt before it copies."""
     if shots == 0 or rng.random() >= share or len(records) == 1:
         return []
     own = [r for r in records if r["task"] == records[i]["task"] and r is not records[i]]
@@ -308,6 +308,8 @@ def main(s: Settings) -> None:
     finally:
         for sig, handler in handlers.items():
             signal.signal(sig, handler)
+    if rank == 0:
+        lora.plot_log(out / "log.jsonl", "nats a token", "loss", "val_loss")
     print(f"saved in {out}. next: python train_rl.py"
           + (f" --base {out} --adapter none --out_dir out/rl_full" if s.full else ""))
 

@@ -6,9 +6,8 @@ matched records, with their answers, in front of the query:
     ### Instruction: ...  ### Input: ...  ### Response: an answer       <- m exemplars, each a whole block
     ### Instruction: ...  ### Input: ...  ### Response:                 <- the query; the model goes on
 
-Every segment (a block, the query, the answer) is tokenised by itself and the ids are joined. So the mask of
-the answer is exact by construction, and an exemplar has the same ids, hence the same KV cache, before any
-query.
+Every segment (a block, the query, the answer) is tokenised by itself and the ids are joined: the mask of the
+answer is exact by construction, and an exemplar has the same ids and KV cache before any query.
 
 Simplified: Alpaca's section headers without its two-sentence preamble, which would be half of a short record.
 
@@ -24,7 +23,6 @@ import torch
 from data.tokenizer import LONGEST_TEXT, Tokenizer
 
 FIELDS = ("task", "instruction", "input", "output")
-SPLITS = ("sft", "pool", "rl", "val", "test")
 TEMPLATE = "alpaca-headers-1"  # stored with every adapter: a model tuned on another template answers badly
 NEXT_BLOCK = "### Instruction"  # an answer ends here at the latest
 Record = dict[str, str]
@@ -55,8 +53,7 @@ def check_record(item: object, where: str) -> Record:
 
 
 def read_records(path: str | Path) -> list[Record]:
-    """The records of a JSON array or of JSON lines (told apart by content, not by name); UTF-8, BOM and
-    CRLF ok.
+    """The records of a JSON array or of JSON lines (told apart by content, not name); BOM and CRLF are ok.
 
     Raises FileNotFoundError, or ValueError naming file:line (for an array: the number of the record).
     """
@@ -68,26 +65,20 @@ def read_records(path: str | Path) -> list[Record]:
     except UnicodeDecodeError as error:
         line = path.read_bytes()[:error.start].count(b"\n") + 1
         raise ValueError(f"{path}:{line}: not UTF-8 text ({error.reason}); save the file as UTF-8.") from None
-    records = []
-    if text.lstrip().startswith("["):
-        try:
-            items = json.loads(text)
-        except (ValueError, RecursionError) as error:  # the second: a thousand brackets
-            raise ValueError(f"{path}:{getattr(error, 'lineno', 1)}: not valid JSON ({error}); mend the line."
-                             ) from None
-        records = [check_record(item, f"{path}: record {n}") for n, item in enumerate(items, 1)]
-    else:
-        for n, line in enumerate(text.split("\n"), 1):  # not splitlines(): it cuts at U+2028 too
-            if line.strip():
-                try:
-                    item = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{path}:{n}: not valid JSON ({error}); write one record a line, or "
-                                     "one JSON array.") from None
-                records.append(check_record(item, f"{path}:{n}"))
-    if not records:
+    found, n = [], 1
+    try:
+        if text.lstrip().startswith("["):
+            found = [(f"{path}: record {i}", item) for i, item in enumerate(json.loads(text), 1)]
+        else:
+            for n, line in enumerate(text.split("\n"), 1):  # not splitlines(): it cuts at U+2028 too
+                if line.strip():
+                    found.append((f"{path}:{n}", json.loads(line)))
+    except (ValueError, RecursionError) as error:  # the second, which has no lineno: a thousand brackets
+        raise ValueError(f"{path}:{n + getattr(error, 'lineno', 1) - 1}: not valid JSON ({error}); write one "
+                         "record a line, or one JSON array.") from None
+    if not found:
         raise ValueError(f"{path}: no record in this file; write one a line.")
-    return records
+    return [check_record(item, where) for where, item in found]
 
 
 # ---- template and token ids ------------------------------------------------------------------------------
@@ -125,8 +116,7 @@ def training_example(tokenizer: Tokenizer, record: Record, exemplars: Sequence[R
 
 def answering_prompt(tokenizer: Tokenizer, record: Record, exemplars: Sequence[Record],
                      max_length: int) -> tuple[list[int], int]:
-    """(ids of exemplars and query, how many exemplars were kept): those that do not fit go, the farthest
-    first."""
+    """(ids of exemplars and query, how many exemplars fit): those that do not fit go, the farthest first."""
     query = tokenizer.encode(query_text(record))
     for first in range(len(exemplars) + 1):
         ids = exemplar_ids(tokenizer, exemplars[first:]) + query
@@ -149,28 +139,22 @@ def length_sorted_batches(lengths: Sequence[int], batch_size: int,
 
     With a generator, equal lengths fall into other batches each epoch and the batches come in random order.
     """
-    order = list(range(len(lengths)))
-    if generator is not None:
-        order = torch.randperm(len(lengths), generator=generator).tolist()
-    order.sort(key=lambda i: lengths[i])  # stable: the shuffle decides among equal lengths
-    batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
-    if generator is not None:
-        batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-    return batches
+    def order(n: int) -> list[int]:
+        return list(range(n)) if generator is None else torch.randperm(n, generator=generator).tolist()
+    rows = sorted(order(len(lengths)), key=lambda i: lengths[i])  # stable: the shuffle decides among equals
+    batches = [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
+    return [batches[i] for i in order(len(batches))]
 
 
 def collate(examples: Sequence[tuple[list[int], int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Training examples -> ids (B, T), padded at the right, and targets (B, T): the *next* id, or -1 for no
-    loss.
+    """Training examples -> ids (B, T), padded at the right, and targets (B, T): the *next* id; -1, no loss.
 
     The shift by one happens here: column t of the targets is what the model should say after reading ids[:,
     :t+1]. The pad id is never looked at: causal attention cannot see to the right, and its targets are -1.
     """
-    longest = max(len(ids) for ids, _ in examples)
-    ids = torch.zeros(len(examples), longest, dtype=torch.long)  # (B, T)
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids, _ in examples], True)  # (B, T)
     targets = torch.full_like(ids, -1)  # (B, T)
     for row, (example, n_answer) in enumerate(examples):
-        ids[row, :len(example)] = torch.tensor(example)
         start, end = len(example) - n_answer, len(example)
         targets[row, start - 1:end - 1] = ids[row, start:end]
     return ids, targets

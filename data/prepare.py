@@ -20,7 +20,7 @@ import sys
 import tarfile
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from hashlib import sha256
 from http.client import HTTPException
 from importlib.metadata import version
@@ -68,6 +68,8 @@ SEEN_PLAN = {"pool": 3, "val": 2, "test": 4, "sft": 10, "rl": 14}
 NEW_PLAN = {"pool": 3, "val": 2, "test": 4, "rl": 24}
 
 
+# ---- the command line of all scripts -----------------------------------------------------------------------
+
 def opt(default, help: str):
     """A field of a settings dataclass: its default (and with it the flag's type) and its line in --help."""
     return dataclasses.field(default=default, metadata={"help": help})
@@ -95,9 +97,8 @@ def cli(settings: type, main) -> None:
         for name, value in vars(s).items():
             if isinstance(value, (int, float)) and not 0 <= value < 1 << 62:  # NaN neither
                 raise ValueError(f"--{name} {value} must be a number from 0 to 2^62; see --help")
-        with ExitStack() as stack:
-            if out and os.environ.get("RANK", "0") == "0":  # of torchrun's processes the first one writes
-                stack.enter_context(claim(Path(out)))
+        writes = out and os.environ.get("RANK", "0") == "0"  # of torchrun's processes the first one
+        with claim(Path(out)) if writes else nullcontext():
             main(s)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         text = " ".join(str(error).split())
@@ -175,6 +176,8 @@ def record_of_run(settings, data: Path, base_id: str) -> dict:
                      for file in sorted(data.glob("*.jsonl"))}}
 
 
+# ---- the base model ----------------------------------------------------------------------------------------
+
 def fetch(source: str, what: str, digest: str | None = None, folder: str = "") -> Path:
     """`source` -> data/.downloads/<folder>/<its name>, unless that is there already (and has that sha256).
 
@@ -223,8 +226,7 @@ def unpermute(w, heads: int):
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Whatever a broken file makes its reader stumble over (gguf, tarfile and json have errors of all kinds)
-    becomes one sentence."""
+    """Whatever a reader stumbles over in a broken file (gguf, tarfile, json: all kinds), in one sentence."""
     try:
         yield
     except Exception as error:
@@ -309,6 +311,8 @@ def ensure_base(base: str) -> Path:
         fetch_hub(base, target)
     return target
 
+
+# ---- the data ----------------------------------------------------------------------------------------------
 
 def clean(task: str, instruction: str, example: dict) -> dict | None:
     """One BIG-bench example -> a record of ours, or None: it has no answer, or is long for a small model."""

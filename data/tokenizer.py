@@ -31,8 +31,8 @@ def check_fields(content: dict, file: Path, **kinds) -> dict:
     finite and not absurd: a billion layers would be built before a tensor is missed."""
     for field, kind in kinds.items():
         value, number = content.get(field), kind in (int, float)
-        right = isinstance(value, (int, float) if kind is float else kind) and (kind is bool) >= isinstance(
-            value, bool)
+        right = isinstance(value, (int, float) if kind is float else kind)
+        right &= kind is bool or not isinstance(value, bool)  # Python counts True as an int
         if not right or number and not 0 < value < (1 << 24 if kind is int else 1e30):
             what = "a number above 0" if number else getattr(kind, "__name__", kind)
             found = json.dumps(value)[:60] if field in content else "missing"
@@ -56,8 +56,7 @@ def read_json(file: Path, **kinds) -> dict:
 
 
 def byte_alphabet() -> dict[str, int]:
-    """The character that stands for each byte in tokenizer.json: itself where printable, else from U+0100
-    on."""
+    """The character that stands for each byte in tokenizer.json: itself if printable, else from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}
@@ -83,8 +82,7 @@ def split_pattern(pre_tokenizer: dict | None, file: Path) -> str:
 
 
 class Tokenizer:
-    """encode / decode for the model folder `folder`; `eos` ends an answer, `bos` (maybe empty) starts a
-    text."""
+    """encode / decode for the model in `folder`; `eos` ends an answer, `bos` (maybe empty) starts a text."""
 
     def __init__(self, folder: str | Path):
         file = Path(folder) / "tokenizer.json"
@@ -110,15 +108,12 @@ class Tokenizer:
         pattern = split_pattern(spec.get("pre_tokenizer"), file)  # first: it refuses what is not byte-level
 
         alphabet = byte_alphabet()
-        def to_bytes(token: str) -> bytes:
-            return bytes(alphabet[c] for c in token)
         vocab = bpe["vocab"]
         added = {t["content"]: t["id"] for t in spec.get("added_tokens", [])}
         self.unknown = vocab.get(bpe.get("unk_token"), added.get(bpe.get("unk_token")))
 
         # Rank order: the 256 bytes, then the merges. tiktoken panics on a byte without a rank, and SmolLM2
-        # lacks 21 of them: they get a rank too, which the table maps to the unknown token (or to nothing:
-        # -1).
+        # lacks 21 of them: they get one too, which the table maps to the unknown token (or to nothing: -1).
         ranks = {bytes([b]): b for b in range(256)}
         by_byte = {b: c for c, b in alphabet.items()}
         missing = -1 if self.unknown is None else self.unknown
@@ -128,7 +123,7 @@ class Tokenizer:
         if bpe.get("ignore_merges"):  # Llama 3: a piece that is a token is taken whole, merges or not
             tokens += [t for t in vocab if all(c in alphabet for c in t)]
         for token in tokens:
-            as_bytes = to_bytes(token)
+            as_bytes = bytes(alphabet[c] for c in token)
             if as_bytes not in ranks:
                 ranks[as_bytes] = len(self.ids)
                 self.ids.append(vocab[token])
@@ -139,7 +134,6 @@ class Tokenizer:
         # control tokens show as nothing; Qwen3's <think>, added but not special, as itself
         self.bytes.update({t["id"]: b"" if t.get("special", True) else t["content"].encode()
                            for t in spec.get("added_tokens", [])})
-        self.size = max([*vocab.values(), *added.values()]) + 1
 
         config = read_json(file.parent / "config.json")
         eos = config.get("eos_token_id")
@@ -152,8 +146,7 @@ class Tokenizer:
 
     @staticmethod
     def leading_tokens(post_processor: dict | None, added: dict[str, int]) -> list[int]:
-        """The control tokens that Hugging Face puts before any text (Llama 3's begin_of_text; none for
-        SmolLM2)."""
+        """The control tokens that Hugging Face puts before any text (Llama 3's begin_of_text)."""
         steps = (post_processor or {}).get("processors", [post_processor or {}])
         template = next((s["single"] for s in steps if s.get("type") == "TemplateProcessing"), [])
         bos = []
@@ -173,6 +166,5 @@ class Tokenizer:
         return [i for i in map(self.ids.__getitem__, self.bpe.encode_ordinary(text)) if i >= 0]
 
     def decode(self, ids: list[int]) -> str:
-        """Text of `ids`; control tokens vanish, and bytes that are no UTF-8 (a cut character) become
-        U+FFFD."""
+        """Text of `ids`; control tokens vanish, bytes that are no UTF-8 (a cut character) become U+FFFD."""
         return b"".join(self.bytes.get(i, b"") for i in ids).decode("utf-8", errors="replace")

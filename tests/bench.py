@@ -55,7 +55,7 @@ class Settings:
     base: str = opt("smollm2", "base model: smollm2, a Hugging Face folder, or owner/name on the hub")
     data: str = opt("bigbench", "data set that the records are drawn from")
     gguf: str = opt("", "the base as a Q8_0 GGUF file, for llama.cpp; empty: llama.cpp is skipped")
-    figure: str = opt("", "file for the figure of the row growth, such as assets/growth.png; empty: none")
+    figures: str = opt("", "folder for peers.png and growth.png, what was measured as pictures; empty: none")
     max_new_tokens: int = opt(8, "longest answer in the rows rollouts and rl")
     seed: int = opt(1337, "seed of the records, pools and picks")
     device: str = opt("auto", "auto (cuda if there is one, else cpu), cpu, cuda, mps")
@@ -398,11 +398,9 @@ def rl(b: Bench) -> None:
                                   torch.Generator().manual_seed(b.s.seed))
         def ask(rows: list[int], picks: torch.Tensor) -> torch.Tensor:
             return env.rewards([queries[row] for row in rows for _ in range(s.samples)], picks.tolist())
-        def embed(rows: list[int]) -> torch.Tensor:
-            return matching.embed_records(model, b.tokenizer, [queries[row] for row in rows])
-        def none(rows: list[int]) -> torch.Tensor:  # is blocked
-            return torch.zeros(len(rows), len(pool), dtype=torch.bool)
-        for _ in train_rl.reinforce(policy, embed, vectors, none, len(queries), ask, s):
+        embedded = matching.embed_records(model, b.tokenizer, queries)
+        blocked = torch.zeros(len(queries), len(pool), dtype=torch.bool)
+        for _ in train_rl.reinforce(policy, embedded, vectors, blocked, ask, s):
             pass
 
     def cold() -> None:
@@ -475,19 +473,38 @@ def growth(b: Bench) -> None:
         unit = "queries/s" if "matcher" in panel else "tokens/s"
         rates.setdefault(f"{panel}|{unit}", []).append((x, amount / seconds))
         b.add(name, unit, amount / seconds)
-    if b.s.figure and b.have("matplotlib"):
-        from matplotlib import pyplot
-        figure, axes = pyplot.subplots(1, len(rates), figsize=(11, 3), layout="constrained")
-        for axis, (label, line) in zip(axes, rates.items(), strict=True):
-            panel, unit = label.split("|")
-            axis.plot(*zip(*line, strict=True), "o-")
-            axis.set(title=panel.split(", ")[0], xlabel=panel.split(", ", 1)[1].rstrip(":"), ylabel=unit,
-                     xscale="log", ylim=(0, None), xticks=[x for x, _ in line])
-            axis.set_xticklabels([f"{x:,}" for x, _ in line], fontsize=8)
-            axis.minorticks_off()
-            axis.grid(alpha=0.3)
-        Path(b.s.figure).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(b.s.figure, dpi=120)
+    if not b.s.figures or not b.have("matplotlib"):
+        return
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(11, 3), layout="constrained")
+    for axis, (label, line) in zip(figure.subplots(1, len(rates)), rates.items(), strict=True):
+        panel, unit = label.split("|")
+        axis.plot(*zip(*line, strict=True), "o-")
+        axis.set(title=panel.split(", ")[0], xlabel=panel.split(", ", 1)[1].rstrip(":"), ylabel=unit,
+                 xscale="log", ylim=(0, None), xticks=[x for x, _ in line])
+        axis.set_xticklabels([f"{x:,}" for x, _ in line], fontsize=8)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    figure.savefig(Path(b.s.figures, "growth.png"), dpi=120)
+
+
+def draw_peers(b: Bench) -> None:
+    """All rows that have a goal: how many times better than the peer (faster, or smaller), and the goal."""
+    from matplotlib.figure import Figure
+    rows = [r for r in reversed(b.table) if r["goal"] and r["ratio"]]
+    figure = Figure(figsize=(11, 0.8 + 0.42 * len(rows)), layout="constrained")
+    axis = figure.subplots()
+    for y, r in enumerate(rows):
+        sign, bound = r["goal"].split()
+        better, goal = (r["ratio"], float(bound)) if sign == ">=" else (1 / r["ratio"], 1 / float(bound))
+        axis.barh(y, better, color="C0" if r["met"] == "yes" else "C1")
+        axis.plot([goal, goal], [y - 0.4, y + 0.4], color="black")
+        axis.annotate(f" {better:.2g}", (better, y), va="center", fontsize=8)
+    axis.set(xscale="log", xlabel="times better than the peer (black: our goal; orange: missed)",
+             yticks=range(len(rows)))
+    axis.set_yticklabels([f"{r['work'][:60]}\n{r['against']}"[:130] for r in rows], fontsize=7)
+    axis.axvline(1, color="grey", linestyle="--")
+    figure.savefig(Path(b.s.figures, "peers.png"), dpi=120)
 
 
 ROWS = {row.__name__: row for row in (sft, memory, decode, rollouts, rl, matcher, load, growth)}
@@ -534,12 +551,16 @@ def main(s: Settings) -> None:
         if s.child:
             print(json.dumps(child(b)))
             return
+        if s.figures:
+            Path(s.figures).mkdir(parents=True, exist_ok=True)
         here = machine(b)
         if here["load_before"] > 0.5:
             print(f"(something else is running, load {here['load_before']}: figures of this run are no good)")
         for name in chosen:
             print(f"{name}:", flush=True)
             ROWS[name](b)
+        if s.figures and b.have("matplotlib"):
+            draw_peers(b)
     print("\n" + ", ".join(f"{key} {value}" for key, value in here.items()))
     print("\n| work | ours | against | theirs | ours / theirs | goal | met |")
     print("|---|---:|---|---:|---:|---|---|")

@@ -106,10 +106,8 @@ def run(t: dict[str, Tensor], s: train_rl.Settings, kind: type = matching.Matche
     order = torch.randperm(len(rewards), generator=torch.Generator().manual_seed(s.seed))  # tasks are mixed
     def ask(rows: list[int], picks: Tensor) -> Tensor:
         return rewards[order[rows]].repeat_interleave(s.samples, 0).gather(1, picks).mean(1)
-    def free(rows: list[int]) -> Tensor:
-        return torch.zeros(len(rows), len(t["pool"]), dtype=torch.bool)
-    for line in train_rl.reinforce(matcher, lambda rows: t["rl"][order[rows]], t["pool"], free, len(rewards),
-                                   ask, s, advantage):
+    blocked = torch.zeros(len(rewards), len(t["pool"]), dtype=torch.bool)
+    for line in train_rl.reinforce(matcher, t["rl"][order], t["pool"], blocked, ask, s, advantage):
         log.append(line | greedy(matcher, t, "val", s.m))
     return matcher, log
 
@@ -165,7 +163,7 @@ def collapse(s: Settings, seeds: int = 5) -> dict[str, list[list[dict]]]:
 
 # ---- over runs of train_rl.py -----------------------------------------------------------------------------
 
-def over_runs(folders: list[str]) -> dict[str, dict[str, str]]:
+def over_runs(folders: list[str]) -> dict[str, dict]:
     """Mean of each row over runs (seeds), and 95% intervals of the mean differences, by a bootstrap over
     queries. All runs must be on the whole test split (--test_queries 0)."""
     tables = [json.loads(Path(folder, "table.json").read_text("utf-8")) for folder in folders]
@@ -180,10 +178,9 @@ def over_runs(folders: list[str]) -> dict[str, dict[str, str]]:
             gap = torch.stack([torch.tensor(t["rouge of each query"][name])  # (runs, N) -> (N)
                                - torch.tensor(t["rouge of each query"][other]) for t in tables]).mean(0)
             for part, of in (("seen", seen), ("new", ~seen)):
-                rows[name][f"{part} minus {other}"] = train_rl.interval(
-                    gap[of], torch.Generator().manual_seed(0))
+                rows[name][f"{part} minus {other}"] = train_rl.interval(gap[of])
     for name, row in rows.items():
-        print(f"| {name} | {' | '.join(row.values())} |")
+        print(f"| {name} | {' | '.join(map(train_rl.cell, row.values()))} |")
     print(f"columns: {', '.join(rows['learned'])}")
     return rows
 
@@ -273,8 +270,7 @@ def draw_runs(s: Settings) -> None:
     for axis, part in zip(axes.flat, ("seen", "new"), strict=True):
         named = [(name, row) for name, row in gaps.items() if f"{part} minus no prompt" in row]
         for y, (_, row) in enumerate(reversed(named)):
-            mean, low, high = map(float, row[f"{part} minus no prompt"].translate(
-                str.maketrans("", "", "[],")).split())
+            mean, low, high = row[f"{part} minus no prompt"]
             axis.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color="C0", capsize=3)
         axis.set(title=f"{part} tasks", xlabel="ROUGE-L minus LoRA without prompts, 95% interval",
                  yticks=range(len(named)))

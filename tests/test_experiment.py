@@ -70,9 +70,19 @@ def test_runs_are_averaged_by_query(tmp_path):
         (tmp_path / str(run) / "table.json").write_text(json.dumps(table))
     rows = experiment.over_runs([str(tmp_path / "0"), str(tmp_path / "1")])
     assert list(rows) == list(scores) and all(row["exact_new"] == "15.0" for row in rows.values())
-    assert rows["learned"]["seen minus nearest (kNN)"] == "+50.0 [+50.0, +50.0]"
-    assert rows["learned"]["new minus no prompt"] == "+60.0 [+60.0, +60.0]"
+    assert rows["learned"]["seen minus nearest (kNN)"] == [50, 50, 50]
+    assert rows["learned"]["new minus no prompt"] == [60, 60, 60]
     table["settings"]["test_queries"] = 256
     (tmp_path / "1" / "table.json").write_text(json.dumps(table))
     with pytest.raises(ValueError, match="--test_queries 0"):
         experiment.over_runs([str(tmp_path / "0"), str(tmp_path / "1")])
+
+
+def test_an_interval_is_a_bootstraps():
+    """Mean and 95% interval in points: 1.96 standard errors either way, where there are many differences."""
+    gaps = torch.randn(2000, generator=torch.Generator().manual_seed(1)) * 0.3 + 0.05
+    mean, low, high = train_rl.interval(gaps)
+    error = 100 * gaps.std().item() / 2000**0.5
+    assert mean == pytest.approx(100 * gaps.mean().item(), abs=0.01)
+    assert [mean - low, high - mean] == pytest.approx([1.96 * error] * 2, rel=0.08)
+    assert train_rl.cell([1.25, -0.5, 3]) == "+1.2 [-0.5, +3.0]" and train_rl.cell(7.5) == "7.5"

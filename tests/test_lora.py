@@ -5,6 +5,7 @@
 import copy
 import json
 import shutil
+import sys
 
 import peft
 import pytest
@@ -51,6 +52,10 @@ def tuned(llama):
     return fill(model)
 
 
+def weight_of(int8):
+    return lora.dequantize(int8.q, int8.scale, torch.float32)
+
+
 def reference_model(folder):
     return transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager").eval()
@@ -71,9 +76,9 @@ def test_int8_weight_within_half_a_step(linear):
     int8 = Int8Linear(linear)
     assert int8.q.dtype == torch.int8 and int8.q.abs().max() <= 127
     step = linear.weight.abs().amax(1) / 127
-    error = (int8.dense() - linear.weight).abs()
+    error = (weight_of(int8) - linear.weight).abs()
     assert (error <= step[:, None] * 0.5001).all() and error.max() > 0
-    assert (int8.q.abs().amax(1) == 127).sum() == 47 and not int8.dense()[5].any()
+    assert (int8.q.abs().amax(1) == 127).sum() == 47 and not weight_of(int8)[5].any()
     assert not list(int8.parameters()) or not any(p.requires_grad for p in int8.parameters())
 
 
@@ -81,7 +86,7 @@ def test_int8_weight_within_half_a_step(linear):
 def test_int8_forward_and_gradient_equal_the_dequantised(linear, shape):
     """Trap 5's autograd.Function has the gradient of the plain expression."""
     int8, dense = Int8Linear(linear), copy.deepcopy(linear)
-    dense.weight.data = int8.dense()
+    dense.weight.data = weight_of(int8)
     x = torch.randn(shape, generator=seeded(), requires_grad=True)
     out = torch.randn(*shape[:-1], 48, generator=seeded(1))
     ys, grads = [], []
@@ -104,10 +109,10 @@ def test_int8_gradient_by_finite_differences(linear):
 def test_int8_in_bfloat16(linear, rows):
     """Up to four rows go through a kernel that reads int8; it must say what the general path says."""
     int8, x = Int8Linear(linear.bfloat16()), torch.randn(1, rows, 64, generator=seeded()).bfloat16()
-    exact = F.linear(x.float(), int8.dense(), int8.bias.float())
+    exact = F.linear(x.float(), weight_of(int8), int8.bias.float())
     y = int8(x)
     assert y.dtype == torch.bfloat16 and y.shape == (1, rows, 48)
-    size = x.float().norm(dim=-1, keepdim=True) * int8.dense().norm(dim=1) + int8.bias.float().abs()
+    size = x.float().norm(dim=-1, keepdim=True) * weight_of(int8).norm(dim=1) + int8.bias.float().abs()
     assert ((y.float() - exact).abs() <= 0.01 * size).all()  # bf16 has 8 bits: 0.4% a rounding
 
 
@@ -132,7 +137,7 @@ def test_autograd_keeps_int8_alone():
     assert weights <= saved_bytes(lambda: int8(x)) < 1.05 * weights
     layer = LoRALinear(int8, 4, 8)
     assert saved_bytes(lambda: layer(x)) < 1.15 * weights
-    assert saved_bytes(lambda: F.linear(x, int8.dense())) >= 4 * weights  # what the trap costs
+    assert saved_bytes(lambda: F.linear(x, weight_of(int8))) >= 4 * weights  # what the trap costs
 
 
 def test_quantize_the_model(llama):
@@ -147,7 +152,7 @@ def test_quantize_the_model(llama):
     # a quarter, but for norms and scales, which are much at a width of 48
     assert held - kept < (before - kept) / 3
     for name, layer in linears.items():
-        dense.get_submodule(name).weight.data = layer.dense()
+        dense.get_submodule(name).weight.data = weight_of(layer)
     ids = random_ids()
     torch.testing.assert_close(logits(model, ids), logits(dense, ids), rtol=1e-4, atol=1e-4)
 
@@ -448,3 +453,16 @@ def test_what_cannot_be_packed_stays(tuned, llama, tmp_path, monkeypatch):
     lora.pack(model)
     with pytest.raises(ValueError, match="before pack"):
         lora.save_model(model, tmp_path / "x", llama[0])
+
+
+def test_a_log_is_drawn_where_matplotlib_is(tmp_path, monkeypatch):
+    """The picture is an extra: a run without matplotlib ends as well as one with it."""
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 0.5, "val_loss": 0.7}\n')
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib.figure", None)  # what Python does for a module it cannot find
+        lora.plot_log(log, "nats a token", "loss", "val_loss")
+    assert names(tmp_path) == ["log.jsonl"]
+    lora.plot_log(log, "nats a token", "loss", "val_loss")
+    assert names(tmp_path) == ["log.jsonl", "log.png"]
+    assert (tmp_path / "log.png").read_bytes().startswith(b"\x89PNG")

@@ -10,6 +10,7 @@ from contextlib import redirect_stdout, suppress
 from io import StringIO
 from pathlib import Path
 
+import matplotlib.font_manager  # noqa: F401  (see the last test)
 import pytest
 import tiny
 import torch
@@ -236,7 +237,8 @@ def test_a_control_token_in_a_text_is_text(home, capsys):
 # ---- what a run touches ------------------------------------------------------------------------------------
 
 def test_a_run_opens_no_socket_and_writes_only_to_data_and_out(home):
-    """Training, matching and asking, once the model is there: all that Python opens, renames or removes."""
+    """Training, matching and asking, once the model is there: all that Python opens, renames or removes.
+    matplotlib keeps a list of fonts in a place of its own; it is imported before the watch begins."""
     reader, writer = os.pipe()
     if (child := os.fork()) == 0:  # an audit hook stays for the life of its process
         touched = []

@@ -59,7 +59,7 @@ def test_the_whole_way_on_the_real_model(tmp_path):
     text = script("train_sft.py", "--max_steps", 2, "--batch_size", 4, "--eval_every", 2, "--out_dir", sft)
     assert ">>>" in text and "<EOS><<<" in text and "next: python train_rl.py" in text
     assert {f.name for f in sft.iterdir()} == {"adapter_config.json", "adapter_model.safetensors",
-                                               "nanopillow.json", "log.jsonl", "run.json",
+                                               "nanopillow.json", "log.jsonl", "log.png", "run.json",
                                                "state.safetensors"}
     lines = [json.loads(line) for line in (sft / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2] and 0.1 < lines[1]["val_loss"] < 6
@@ -71,8 +71,8 @@ def test_the_whole_way_on_the_real_model(tmp_path):
     assert len((rl / "rewards.jsonl").read_bytes().splitlines()) > 30
     script("train_rl.py", *few, "--eval_only")
     assert len((rl / "rewards.jsonl").read_bytes().splitlines()) > 40
-    files = {"matcher.safetensors", "matcher.json", "rewards.jsonl", "log.jsonl", "table.json",
-             "run.json"}
+    files = {"matcher.safetensors", "matcher.json", "rewards.jsonl", "log.jsonl", "log.png",
+             "table.json", "run.json"}
     assert {f.name for f in rl.iterdir()} == files
     rows = json.loads((rl / "table.json").read_text())["rows"]
     assert {"no prompt", "random", "best fixed", "same words (BM25)", "nearest (kNN)",

@@ -25,9 +25,8 @@ import torch
 import transformers
 
 from data import prepare
-from data.instructions import SPLITS
 
-TASKS = prepare.TASKS["seen"] | prepare.TASKS["new"]
+TASKS, SPLITS = prepare.TASKS["seen"] | prepare.TASKS["new"], tuple(prepare.SEEN_PLAN)
 
 
 @pytest.fixture

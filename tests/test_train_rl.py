@@ -326,7 +326,7 @@ def test_run_end_to_end_and_again(run, tmp_path):
     env, matcher, drawn = run("a")
     out = tmp_path / "a"
     assert {f.name for f in out.iterdir()} == {"matcher.safetensors", "matcher.json", "rewards.jsonl",
-                                               "log.jsonl", "table.json", "run.json"}
+                                               "log.jsonl", "log.png", "table.json", "run.json"}
     lines = [strict(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert all(0 <= line["reward"] <= 1 and 0 < line["entropy"] <= 1 for line in lines)
@@ -393,7 +393,7 @@ def test_other_models_stand_in_the_table(run, tmp_path):
     answers = [table["rows"][name] for name in ("no prompt", *others[:2], others[3])]
     assert all(a != b for a, b in itertools.combinations(answers, 2))  # different models and ways
     gaps = table["gaps"]
-    assert gaps["nearest (kNN)"]["seen minus nearest (kNN)"] == "+0.0 [+0.0, +0.0]"
+    assert gaps["nearest (kNN)"]["seen minus nearest (kNN)"] == [0, 0, 0]
     won, tied, lost = map(int, gaps["learned"]["won / tied / lost to kNN"].split(" / "))
     assert won + tied + lost == 6 and gaps["no prompt"].keys() == gaps["learned"].keys()
 
