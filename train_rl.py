@@ -2,21 +2,23 @@
 
 The LLM (base + LoRA) is frozen and is part of the environment. For a query q the policy picks prompts a =
 (a_1..a_m), the LLM answers with them in front, and the answer's similarity to the reference is the reward
-R(q, a). We climb
+R(q, a). Drawn picks are enough to climb its mean J, and no gradient goes through the LLM:
 
     J = E_q sum_a pi(a|q) R(q, a)
-    grad J = E_q sum_a R grad pi = E_q sum_a pi R grad log pi = E_q E_{a ~ pi} [ R grad log pi(a|q) ]
+    grad J = E_q sum_a R grad pi = E_q E_{a ~ pi} [ R grad log pi(a|q) ]     as grad pi = pi grad log pi
+    E_{a ~ pi} [ b grad log pi ] = b grad sum_a pi = b grad 1 = 0            for a b that does not depend on a
+    grad J = E_q E [ 1/K sum_k (R_k - b_k) grad log pi(a_k|q) ]              K episodes a_k of each query
 
-since grad log pi = grad pi / pi (the log-derivative trick): drawn picks are enough, and R needs no gradient.
-log pi(a|q) is the sum over the m sequential picks. Any b that does not depend on a may be subtracted
-from R, since E[grad log pi] = grad (sum of pi) = grad 1 = 0. For each query we draw K episodes; the baseline
-of episode k is the mean reward of the other K - 1 (leave-one-out): it does not depend on a_k, so it adds no
-bias, and it removes what all of them share, how easy the query is. Without it the mean is the same, but every
-pick that was drawn is reinforced, since R >= 0, good or bad; with few samples that noise feeds itself and the
-policy collapses (tests/experiment.py shows it). An entropy bonus, annealed to zero, keeps it looking around.
+where log pi(a|q) is the sum over the m sequential picks, and the baseline b_k is the mean reward of the other
+K - 1 episodes (leave-one-out): it does not depend on a_k, so it adds no bias, and it removes what all of them
+share, how easy the query is. Without it the mean is the same, but every pick that was drawn is reinforced,
+since R >= 0, good or bad; with few samples that noise feeds itself and the policy collapses
+(tests/experiment.py shows it). An entropy bonus, annealed to zero, keeps it looking around.
 
 Simplified: nothing else. No value network, no clipping, no KL. Answers are decoded greedily, so the reward
 is a function of (query, picks): each is computed once and kept on disk, and the same command replays it.
+With m = 1 and four candidates the sum over a has four terms and could be taken whole; we draw all the same,
+since with more picks or more candidates nobody can afford that sum.
 
     python train_rl.py                  # needs out/sft, see train_sft.py
     python train_rl.py --eval_only      # no training: the whole comparison table, for the matcher in out/rl
