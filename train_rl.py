@@ -100,6 +100,24 @@ def rouge_l(answer: str, reference: str) -> float:
     return 2 * precision * recall / (precision + recall) if best[-1] else 0.0
 
 
+def read_rewards(file: Path) -> dict[str, dict]:
+    """{key: entry} of what earlier runs have computed. Whole batches alone: the rest of a torn one, computed
+    without its mates, might differ in a last bit."""
+    known, batch = {}, {}
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+            scores = sum(entry[k] for k in ("rouge", "semantic", "exact", "prompt_tokens"))
+            if math.isfinite(scores):
+                batch[entry["key"]] = entry
+            if entry.pop("left", 0) == 0:
+                known.update(batch)
+                batch = {}
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            batch = {}  # the torn last line of a run that was killed: its batch is computed again
+    return known
+
+
 class Environment:
     """The frozen LLM as REINFORCE sees it: (query, picks) -> answer and scores, each computed once."""
 
@@ -117,20 +135,7 @@ class Environment:
             references = matching.embed(model, [[tokenizer.encode(p["output"])] for p in pool])
             self.mean, self.deviation = references.mean(0), references.std(0, unbiased=False).clamp(min=1e-3)
         self.asked = self.computed = self.shortened = 0
-        self.known: dict[str, dict] = {}
-        if cache_file.exists():
-            batch = {}  # whole batches alone: a rest, computed without its mates, may differ in a last bit
-            for line in cache_file.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
-                    entry = json.loads(line)
-                    scores = sum(entry[k] for k in ("rouge", "semantic", "exact", "prompt_tokens"))
-                    if math.isfinite(scores):
-                        batch[entry["key"]] = entry
-                    if entry.pop("left", 0) == 0:
-                        self.known.update(batch)
-                        batch = {}
-                except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-                    batch = {}  # the torn last line of a run that was killed: its batch is computed again
+        self.known = read_rewards(cache_file) if cache_file.exists() else {}
         cache_file.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(cache_file, "a", encoding="utf-8")
         if cache_file.stat().st_size and not cache_file.read_bytes().endswith(b"\n"):
@@ -282,18 +287,37 @@ def reinforce(matcher: matching.Matcher, queries: Tensor, pool: Tensor, blocked:
 
 # ---- the comparison ---------------------------------------------------------------------------------------
 
-def best_fixed(env: Environment, queries: list[Record], s: Settings) -> list[int]:
-    """Of `fixed_tries` random prompt sets the one with the highest mean reward when every query gets it,
-    on 32 queries from all over the split."""
-    queries = queries[::max(1, len(queries) // 32)][:32]
-    tries = matching.random_picks(s.fixed_tries, len(env.pool), s.m, torch.Generator().manual_seed(s.seed))
-    blocked = matching.same_question(queries, env.pool)
-    return max(tries.tolist(), key=lambda picks: env.mean_reward(queries, same_for_all(picks, blocked)))
+def ways_to_pick(env: Environment, matcher: matching.Matcher, vectors: Tensor, pool: Tensor,
+                 test: list[Record], val: list[Record], s: Settings) -> dict[str, tuple[str, list]]:
+    """{name: (which LLM answers, the picks for all test queries, in one or more runs)}: three ways, with
+    --eval_only all of them. vectors (N, 2 C) and pool (P, 2 C) are the test queries and prompts, embedded."""
+    blocked = matching.same_question(test, env.pool)  # (N, P)
+    none, nearest = [[]] * len(test), matching.knn(vectors, pool, s.m, blocked).tolist()
+    with torch.no_grad():
+        learned = matcher.episodes(vectors, pool, s.m, greedy=True, blocked=blocked)[0].tolist()
+    trained = {"nearest (kNN)": ("LoRA", [nearest]), "learned": ("LoRA", [learned])}
+    if not s.eval_only:
+        return {"no prompt": ("LoRA", [none])} | trained
 
-
-def same_for_all(picks: list[int], blocked: Tensor) -> list[list[int]]:
-    """One set for every query; a prompt that is the query itself is left out for it."""
-    return [[j for j in picks if not row[j]] for row in blocked.tolist()]
+    def seeded(n: int) -> torch.Generator:
+        return torch.Generator().manual_seed(s.seed + n)
+    random = [matching.random_picks(len(test), len(env.pool), s.m, seeded(n), blocked).tolist()
+              for n in range(s.random_seeds)]
+    # Best fixed: one set for everybody, the best of a few on 32 queries from all over `val`. A prompt that is
+    # the query itself is left out for it.
+    some = val[::max(1, len(val) // 32)][:32]
+    def for_all(picks: list[int], blocked: Tensor) -> list[list[int]]:
+        return [[j for j in picks if not row[j]] for row in blocked.tolist()]
+    tries = matching.random_picks(s.fixed_tries, len(env.pool), s.m, seeded(0)).tolist()
+    own = matching.same_question(some, env.pool)
+    fixed = max(tries, key=lambda picks: env.mean_reward(some, for_all(picks, own)))
+    return {"no prompt": ("LoRA", [none]), "random": ("LoRA", random),
+            "best fixed": ("LoRA", [for_all(fixed, blocked)]),
+            "same words (BM25)": ("LoRA", [matching.bm25(test, env.pool, s.m, blocked).tolist()]), **trained,
+            "base, no prompt": ("base", [none]),
+            "full fine-tuning, no prompt": ("full", [none]),
+            "full fine-tuning, nearest": ("full", [nearest]),
+            "full fine-tuning, learned": ("full", [learned])}
 
 
 def interval(differences: Tensor) -> list[float]:
@@ -309,40 +333,31 @@ def cell(value: object) -> str:
     return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*value) if isinstance(value, list) else str(value)
 
 
-def comparison(envs: dict[str, Environment], matcher: matching.Matcher, queries: Tensor, pool: Tensor,
-               test: list[Record], val: list[Record], seen_tasks: set[str], s: Settings) -> dict:
-    """Ways to pick prompts on the same test queries (embedded: queries (N, 2 C), pool (P, 2 C)), through the
-    same code; prints two tables, returns them. Three ways after training, with --eval_only all. envs: "LoRA",
-    and for comparison maybe "base" and "full"."""
-    env = envs["LoRA"]
-    blocked = matching.same_question(test, env.pool)
-    with torch.no_grad():
-        learned = [matcher.episodes(queries, pool, s.m, greedy=True, blocked=blocked)[0].tolist()]
-    none, nearest = [[[]] * len(test)], [matching.knn(queries, pool, s.m, blocked).tolist()]
-    ways = [("no prompt", "LoRA", none), ("nearest (kNN)", "LoRA", nearest), ("learned", "LoRA", learned)]
-    if s.eval_only:
-        random = [matching.random_picks(len(test), len(env.pool), s.m,
-                                        torch.Generator().manual_seed(s.seed + i), blocked).tolist()
-                  for i in range(s.random_seeds)]
-        ways[1:1] = [("random", "LoRA", random),
-                     ("best fixed", "LoRA", [same_for_all(best_fixed(env, val, s), blocked)]),
-                     ("same words (BM25)", "LoRA", [matching.bm25(test, env.pool, s.m, blocked).tolist()])]
-        full = "full fine-tuning, "
-        ways += [("base, no prompt", "base", none), (full + "no prompt", "full", none),
-                 (full + "nearest", "full", nearest), (full + "learned", "full", learned)]
-    seen = torch.tensor([q["task"] in seen_tasks for q in test])
+def show(table: dict[str, dict]) -> None:
+    columns = list(table["learned"])
+    print(f"| prompts | {' | '.join(columns)} |\n|---" + "|---:" * len(columns) + "|")
+    for name, row in table.items():
+        print(f"| {name} | {' | '.join(cell(row.get(k, '')) for k in columns)} |")
+    print()
+
+
+def comparison(envs: dict[str, Environment], ways: dict[str, tuple[str, list]], test: list[Record],
+               seen_tasks: set[str], s: Settings) -> dict:
+    """All ways on the same test queries through the same code; prints two tables, returns what is in them.
+    envs: "LoRA", and maybe "base" and "full" to compare it with."""
+    seen, pool = torch.tensor([q["task"] in seen_tasks for q in test]), envs["LoRA"].pool
     rows, rouge, oracle = {}, {}, torch.zeros(len(test))
-    for name, which, runs in ways:
+    for name, (which, runs) in ways.items():
         if which not in envs:
             continue
         print(f"answering {len(test)} test queries: {name}", flush=True)
         entries = [envs[which].scores(test, picks) for picks in runs]
         def column(key: str, entries=entries) -> Tensor:  # (runs, N)
             return torch.tensor([[float(e[key]) for e in run] for run in entries])
-        rouge[name], exact = column("rouge").mean(0), column("exact").mean(0)  # (N): the mean over seeds
+        rouge[name], exact = column("rouge").mean(0), column("exact").mean(0)  # (N): the mean over runs
         if which == "LoRA":
             oracle = torch.maximum(oracle, column("rouge").amax(0))
-        own_task = [any(env.pool[j]["task"] == query["task"] for j in picks)
+        own_task = [any(pool[j]["task"] == query["task"] for j in picks)
                     for run in runs for query, picks in zip(test, run, strict=True)]
         words = [len(e["answer"].split()) for run in entries for e in run]
         rows[name] = {"rouge_seen": rouge[name][seen].mean(), "rouge_new": rouge[name][~seen].mean(),
@@ -355,16 +370,10 @@ def comparison(envs: dict[str, Environment], matcher: matching.Matcher, queries:
     # without new tasks (or seen ones) their mean is NaN, which is no JSON: such a column is left out
     rows = {name: {k: round(100 * float(v), 2) for k, v in row.items() if v == v}
             for name, row in rows.items()}
-
-    def show(table: dict[str, dict]) -> None:
-        columns = list(table["learned"])
-        print(f"| prompts | {' | '.join(columns)} |\n|---" + "|---:" * len(columns) + "|")
-        for name, row in table.items():
-            print(f"| {name} | {' | '.join(cell(row.get(k, '')) for k in columns)} |")
-        print()
     print(f"\n{len(test)} test queries, {int(seen.sum())} of them of tasks seen in fine-tuning; m = {s.m}, "
-          f"pool of {len(env.pool)}; points of 100, prompt_tokens and answer_words counted\n")
+          f"pool of {len(pool)}; points of 100, prompt_tokens and answer_words counted\n")
     show(rows)
+
     gaps: dict[str, dict] = {name: {} for name in rouge}
     for other in ("no prompt", "nearest (kNN)"):
         for part, of in (("seen", seen), ("new", ~seen)):
@@ -377,7 +386,7 @@ def comparison(envs: dict[str, Environment], matcher: matching.Matcher, queries:
     show(gaps)
     scores = {name: [round(x, 4) for x in of_all.tolist()] for name, of_all in rouge.items()}
     return {"rows": rows, "gaps": gaps, "rouge of each query": scores, "seen": seen.tolist(),
-            "picks": {"nearest (kNN)": nearest[0], "learned": learned[0]}}
+            "picks": {name: ways[name][1][0] for name in ("nearest (kNN)", "learned")}}
 
 
 # ---- the run ----------------------------------------------------------------------------------------------
@@ -480,8 +489,9 @@ def main(s: Settings) -> None:
             other, other_id = matching.load_tuned(folder, "none", TEMPLATE, dtype, device)
             envs[name] = Environment(other, tokenizer, pool, s, f"{other_id} {dtype}, judge {model_id}",
                                      out / "rewards.jsonl", judge=env)
-    tables = comparison(envs, matcher, embed(records["test"]), pool_vectors, records["test"], records["val"],
-                        seen_tasks, s)
+    test, val = records["test"], records["val"]
+    ways = ways_to_pick(env, matcher, embed(test), pool_vectors, test, val, s)
+    tables = comparison(envs, ways, test, seen_tasks, s)
     if env.shortened:
         print(f"({env.shortened} times the farthest prompts were left out: the context was full)")
     lora.save_json({"settings": asdict(s)} | tables, out / "table.json")
