@@ -5,11 +5,13 @@ PILLOW tunes its LLM with LoRA (paper, section 3.1; LoRA: arXiv 2106.09685, sect
     x (.., in) --> frozen W, int8 (out, in) ----------------> + --> y (.., out)
          \\--> A (r, in), trained --> B (out, r), trained --> * alpha / r
 
-B starts at zero, so at step 0 the model is the base exactly. A must not: B's gradient is s g^T (x A^T), and
-with both at zero nothing would ever move. int8 is of weights alone, symmetric, one scale s an output row:
+B starts at zero, so at step 0 the model is the base exactly; a random one would disturb it. A must not be
+zero too: the gradient of each contains the other (see LoRAMatMul), and nothing would ever move.
 
-    a row of W     0.50   -1.27    0.03      s = 1.27 / 127 = 0.01: the row's largest becomes 127
-    kept of it       50    -127       3      a byte each, and s; q * s is the row again, to within s / 2
+int8 is of weights alone, symmetric, with one scale an output row:
+
+    a row of W     0.50   -1.27    0.03      scale = 1.27 / 127 = 0.01: the row's largest becomes 127
+    kept, q          50    -127       3      a byte each; q * scale is the row again, to within scale / 2
 
 A LoRA layer *holds* whatever linear it adapts: quantisation and adaptation do not know of each other.
 

@@ -10,7 +10,8 @@ far, and picks one more prompt; the picked prompts, in that order, are read by t
 
 Both towers are residual and their last layer starts at zero. So before training s = q and u_j = e_j: the
 policy *is* nearest neighbours with a temperature, and REINFORCE (train_rl.py) has to improve on the
-strongest simple baseline instead of finding it again. Prompts are embedded, not indexed: a trained matcher
+strongest simple baseline instead of finding it again. (Not drawn: a learned factor for each half of s, the
+instruction's and the input's, 1 at first.) Prompts are embedded, not indexed: a trained matcher
 works on a pool it never saw.
 
 Simplified: the embedding is the LLM's own hidden states, averaged over the instruction and over the input; no
@@ -117,8 +118,8 @@ class Tower(nn.Module):
 class Matcher(nn.Module):
     """Two towers, a learned factor for each half of the state (1 at first), and the embedded pool (P, 2 C).
 
-    The pool's mean and deviation standardise every embedding. It is stored with the towers: a policy belongs
-    to its pool, which then need not be embedded again.
+    The pool's mean and deviation standardise every embedding, of other pools too. It is stored with the
+    towers, so that it need not be embedded again; they know no prompt by its number.
 
     candidates: of the whole pool the policy chooses among this many nearest prompts (default: all).
     """
@@ -153,8 +154,9 @@ class Matcher(nn.Module):
 
         With `picks` it scores those instead of drawing, so acting and learning share one expression. The
         log-probability is the sum of the *sequential* steps: what was picked is masked and the softmax is
-        taken over the rest. (Drawing without replacement but summing as if with it, PromptPG's slip, can
-        flip a gradient's sign.) Entropy is divided by the log of the number of choices: 1 is uniform.
+        taken over the rest, so that with an unchanged state the second has p(b) / (1 - p(a)). (PromptPG draws
+        so too, but sums log p(a) + log p(b), which can flip a gradient's sign.) Entropy is divided by the log
+        of the number of choices: 1 is uniform.
         blocked (B, P): never pick.
         """
         if query.size(1) != len(self.mean):

@@ -47,11 +47,11 @@ class Settings:
 def match(matcher: matching.Matcher, query: Tensor, pool: Tensor, m: int) -> list[tuple[int, float]]:
     """The policy's greedy picks for one query (1, 2 C), each with its probability at its step: among the
     candidates not yet picked, so no chance of being right."""
-    picks = matcher.episodes(query, pool, m, greedy=True)[0]  # (1, m)
+    picks, whole, _ = matcher.episodes(query, pool, m, greedy=True)  # (1, m), (1)
     # log pi of the first 1, 2, .. m picks: what each adds is the log-probability of its step
     # (m is 1 to 4, and an episode costs far less than a token: clearer than returning each step's)
-    sums = [matcher.episodes(query, pool, t, picks=picks[:, :t])[1] for t in range(1, m + 1)]
-    steps = torch.cat(sums).diff(prepend=torch.zeros(1)).exp()
+    sums = [matcher.episodes(query, pool, t, picks=picks[:, :t])[1] for t in range(1, m)]
+    steps = torch.cat([*sums, whole]).diff(prepend=torch.zeros(1)).exp()
     return list(zip(picks[0].tolist(), steps.tolist(), strict=True))
 
 

@@ -57,12 +57,12 @@ class Settings:
     pool: str = opt("", "file of the prompts to pick from; empty: the data set's own pool split")
     out_dir: str = opt("out/rl", "where matcher, reward cache, log and table go")
     eval_only: bool = opt(False, "no training: the whole comparison table for the matcher in out_dir")
-    full: str = opt("out/full", "model of train_sft.py --full, for --eval_only's table if it is there")
+    full: str = opt("out/full", "folder of train_sft.py --full's model, for --eval_only's table if there")
     # the policy
     m: int = opt(1, "prompts picked for each query")
     hidden: int = opt(128, "width of the towers' hidden layer; 512 is no better")
-    scale: float = opt(50.0, "softmax over cosine * scale at the start; a flat one loses ground at first")
-    candidates: int = opt(4, "nearest prompts that the policy chooses among: few, so each is tried often")
+    scale: float = opt(50.0, "softmax over cosine * scale at the start; below 20 it is too flat")
+    candidates: int = opt(4, "nearest prompts to choose among, more than m; few, so each is tried often")
     # REINFORCE
     steps: int = opt(50, "updates; each asks the LLM for up to queries x samples answers")
     queries: int = opt(16, "queries in a step, all different: many queries teach more than many passes")
@@ -74,12 +74,12 @@ class Settings:
     max_new_tokens: int = opt(48, "longest answer; the default data's answers have at most 160 characters")
     rollout_batch: int = opt(32, "answers generated together, of near-equal length")
     # bookkeeping
-    val_queries: int = opt(160, "validation queries; the best of them all keeps its checkpoint")
+    val_queries: int = opt(160, "validation queries; the step with the best mean over them is kept")
     eval_every: int = opt(10, "steps between validations (greedy picks)")
     test_queries: int = opt(256, "test queries in the table; 0: all of them")
     random_seeds: int = opt(5, "seeds of --eval_only's random row")
     fixed_tries: int = opt(16, "prompt sets tried on 32 validation queries for --eval_only's best fixed one")
-    seed: int = opt(1337, "seed of the towers, the order of queries and the picks")
+    seed: int = opt(1337, "seed of towers, picks, order of queries, and which of val and test")
     device: str = opt("auto", "auto (cuda if there is one, else cpu), cpu, cuda, mps")
     dtype: str = opt("auto", "auto (bfloat16 where the machine has it), bfloat16, float32")
 
@@ -454,6 +454,7 @@ def main(s: Settings) -> None:
 
         matcher = matching.Matcher(pool_vectors, s.hidden, s.scale, s.candidates,
                                    torch.Generator().manual_seed(s.seed))
+        began = time.time()  # of the rollouts; validation's are some of them
         best = first = validate(matcher)
         lora.save_json(record_of_run(s, data, model_id), out / "run.json")
         matching.save(matcher, out, pool, s.m, model_id, step=0, val_reward=best)
@@ -465,7 +466,7 @@ def main(s: Settings) -> None:
         def ask(rows: list[int], picks: Tensor) -> Tensor:  # rewards (B K), K episodes of each query
             return env.rewards([queries[row] for row in rows for _ in range(s.samples)], picks.tolist())
 
-        log, began = open(out / "log.jsonl", "w", encoding="utf-8"), time.time()
+        log = open(out / "log.jsonl", "w", encoding="utf-8")
         for line in reinforce(matcher, vectors, pool_vectors, blocked, ask, s):
             step = line["step"]
             line |= {"cache_hits": 1 - env.computed / env.asked, "seconds": time.time() - began}
@@ -475,8 +476,10 @@ def main(s: Settings) -> None:
                     best = line["val_reward"]
                     matching.save(matcher, out, pool, s.m, model_id, step=step, val_reward=best)
             note = f"  validation {line['val_reward']:.4f} (kNN {first:.4f})" if "val_reward" in line else ""
-            print(f"step {step}/{s.steps}  reward {line['reward']:.3f}  entropy {line['entropy']:.2f} of 1  "
-                  f"{line['distinct']} different picks, top one {line['top_share']:.0%}  "
+            print(f"step {step}/{s.steps}  reward {line['reward']:.3f}  "
+                  f"entropy {line['entropy']:.2f} (1: uniform)  "
+                  f"{line['distinct']} different picks of {s.queries * s.samples}, "
+                  f"top one {line['top_share']:.0%}  "
                   f"{env.computed / line['seconds']:.1f} rollouts/s{note}", flush=True)
             log.write(json.dumps({k: round(v, 5) for k, v in line.items()}) + "\n")
             log.flush()

@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from hashlib import sha256
@@ -80,8 +80,12 @@ def cli(settings: type, main) -> None:
 
     ValueError, OSError, want of memory: the user's to mend, one line, status 1. Any other is our bug.
     """
+    class Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+        """Shows defaults, and leaves lines as they are."""
     doc = (sys.modules[main.__module__].__doc__ or "").strip()
-    parser = ArgumentParser(description=doc.split("\n\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
+    examples = [line for line in doc.splitlines() if line.startswith("    python ")]
+    parser = ArgumentParser(description=doc.split("\n\n")[0], epilog="\n".join(["for example:", *examples]),
+                            formatter_class=Help)
     parser.error = lambda message: sys.exit(f"{parser.prog}: {message}; see --help")
     for field in dataclasses.fields(settings):
         kind = str if field.default is None else type(field.default)
