@@ -30,6 +30,7 @@ from importlib import metadata, util
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from textwrap import fill
 
 import torch
 import torch.nn.functional as F
@@ -492,7 +493,9 @@ def draw_peers(b: Bench) -> None:
     """All rows that have a goal: how many times better than the peer (faster, or smaller), and the goal."""
     from matplotlib.figure import Figure
     rows = [r for r in reversed(b.table) if r["goal"] and r["ratio"]]
-    figure = Figure(figsize=(11, 0.8 + 0.42 * len(rows)), layout="constrained")
+    if not rows:
+        return
+    figure = Figure(figsize=(11, 0.8 + 0.5 * len(rows)), layout="constrained")
     axis = figure.subplots()
     for y, r in enumerate(rows):
         sign, bound = r["goal"].split()
@@ -502,7 +505,7 @@ def draw_peers(b: Bench) -> None:
         axis.annotate(f" {better:.2g}", (better, y), va="center", fontsize=8)
     axis.set(xscale="log", xlabel="times better than the peer (black: our goal; orange: missed)",
              yticks=range(len(rows)))
-    axis.set_yticklabels([f"{r['work'][:60]}\n{r['against']}"[:130] for r in rows], fontsize=7)
+    axis.set_yticklabels([f"{fill(r['work'], 64)}\n{r['against']}" for r in rows], fontsize=7)
     axis.axvline(1, color="grey", linestyle="--")
     figure.savefig(Path(b.s.figures, "peers.png"), dpi=120)
 
