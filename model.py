@@ -30,7 +30,7 @@ from data.tokenizer import check_fields, read_json
 
 # oneDNN keeps its last 1,024 kernels with all that they need, and batches of ever new lengths make ever new
 # ones. With 64, which are enough for one length, 40 steps of train_sft.py are as fast and peak at 1.05 GB
-# instead of 1.89. It is read at the first product.
+# instead of 1.89. Both are read at the first product.
 for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(cache, "64")
 

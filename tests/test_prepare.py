@@ -519,7 +519,9 @@ def test_cli_help(monkeypatch, capsys, settings, main, doc):
     assert exit.value.code == 0
     for field in dataclasses.fields(settings):
         assert f"--{field.name}" in out and f"{field.metadata['help']} (default: {field.default})" in out
-    assert doc[0] in out and " ".join(doc[1].split()) not in out  # its first paragraph
+    assert doc[0] in out  # the first paragraph, and the commands
+    for part in doc[1:]:
+        assert (" ".join(part.split()) in out) == part.startswith("    python ")
 
 
 @pytest.mark.parametrize("error, words", [(ValueError("a\n  line"), "a line"), (OSError("full"), "full"),
