@@ -34,7 +34,8 @@ def test_the_table_is_numbers_and_ids():
 def test_without_a_baseline_the_policy_collapses_and_ours_does_not():
     """All rewards are positive, so without a baseline whatever was drawn is reinforced. 400 steps from one
     start, with the same draws at first. Chance decides much, and another processor rounds otherwise, hence
-    three seeds. Measured (five): entropy at the end 0.11 to 0.13, and 0.00 to 0.07 without."""
+    three seeds. Their means, with the embeddings as they are and in three ways a millionth off: entropy at
+    the end 0.11, and 0.00 to 0.03 without; reward 0.84, and 0.68 to 0.82 without."""
     t, _ = experiment.table_of(experiment.Settings())
     ours, bare = [], []
     for seed in range(3):
@@ -44,7 +45,8 @@ def test_without_a_baseline_the_policy_collapses_and_ours_does_not():
         assert ours[-1][0]["reward"] == bare[-1][0]["reward"]
     def mean(logs: list, key: str) -> float:
         return sum(log[-1][key] for log in logs) / len(logs)
-    assert mean(bare, "entropy") < 0.07 and mean(ours, "entropy") > 0.09
+    assert mean(bare, "entropy") < 0.05 and mean(ours, "entropy") > 0.09
+    assert mean(ours, "reward") > mean(bare, "reward") + 0.01
     assert mean(bare, "val") < mean(ours, "val") and mean(ours, "val") > ours[0][0]["val"] - 0.005
 
 

@@ -324,7 +324,8 @@ def test_vectors_never_pair_with_the_pool_of_another_run(tmp_path, monkeypatch):
         try:
             matcher, pool, _ = matching.load(tmp_path, "model")
         except ValueError as error:
-            assert "of another run (or INSTRUCTION) than matcher.json" in str(error) and not finished
+            assert ("of another run (or INSTRUCTION) than matcher.json; run train_rl.py again" in str(error)
+                    and not finished)
         else:
             seen.append(int(matcher.pool[0, 0]))
             assert pool == pools[seen[-1]] and seen[-1] >= finished

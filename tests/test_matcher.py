@@ -209,6 +209,7 @@ def test_padded_batch_embeds_like_one_by_one(model):
             torch.testing.assert_close(vector, alone, rtol=1e-5, atol=1e-6)
     smaller = matching.embed(llm, [[text] for text in texts], batch_size=2)
     torch.testing.assert_close(smaller, together, rtol=1e-5, atol=1e-6)
+    assert matching.embed(llm, [[[]], [[]]]).abs().sum() == 0  # texts that a tokenizer knows nothing of
 
 
 def test_parts_are_read_as_one_text_and_averaged_apart(model):
