@@ -6,14 +6,19 @@ PILLOW tunes its LLM with LoRA (paper, section 3.1; LoRA: arXiv 2106.09685, sect
          \\--> A (r, in), trained --> B (out, r), trained --> * alpha / r
 
 B starts at zero, so at step 0 the model is the base exactly; a random one would disturb it. A must not be
-zero too: the gradient of each contains the other (see LoRAMatMul), and nothing would ever move.
+zero too. With g the gradient of y, and s = alpha / r, the two that are trained get
+
+    g_A = s (g B)^T x        g_B = s g^T (x A^T)
+
+Each contains the other: were both zero, nothing would ever move.
 
 int8 is of weights alone, symmetric, with one scale an output row:
 
     a row of W     0.50   -1.27    0.03      scale = 1.27 / 127 = 0.01: the row's largest becomes 127
     kept, q          50    -127       3      a byte each; q * scale is the row again, to within scale / 2
 
-A LoRA layer *holds* whatever linear it adapts: quantisation and adaptation do not know of each other.
+A LoRA layer *holds* whatever linear it adapts, and calls it: quantisation and adaptation do not know of
+each other.
 
 Simplified: no dropout, no per-module ranks, no bias training. Files are PEFT's: either reads the other's.
 
@@ -45,17 +50,16 @@ PEFT_PREFIX = "base_model.model.model."  # without it PEFT loads nothing and onl
 
 # ---- the frozen base in int8 ------------------------------------------------------------------------------
 
-def dequantize(q: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """int8 (out, in) and a scale for each output row -> the weight; a float weight stays as it is."""
-    return q if scale is None else q.to(dtype).mul_(scale.to(dtype)[:, None])
+def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """int8 (out, in) and a scale for each output row -> the weight."""
+    return q.to(dtype).mul_(scale.to(dtype)[:, None])
 
 
 class Int8MatMul(torch.autograd.Function):
     """y = x @ W^T, keeping only the int8 of W for backward.
 
     The plain expression would make autograd keep a float copy of every weight: 1 + 2 bytes a weight, worse
-    than a bf16 base. Casting again in backward costs little time and no memory; gradients are equal. This
-    serves int8 linears without LoRA; LoRAMatMul does the same for those with it.
+    than a bf16 base. Casting again in backward costs little time and no memory; gradients are equal.
     """
 
     @staticmethod
@@ -80,6 +84,10 @@ class Int8Linear(nn.Module):
         self.register_buffer("scale", scale)
         self.bias = linear.bias
 
+    @property
+    def weight(self) -> Tensor:  # (out, in), fp32: what it computes with, for merging and for files
+        return dequantize(self.q, self.scale, torch.float32)
+
     def forward(self, x: Tensor) -> Tensor:
         decoding = x.numel() <= 4 * x.size(-1) and not torch.is_grad_enabled()
         if decoding and x.dtype == torch.bfloat16 and x.device.type == "cpu":
@@ -92,60 +100,30 @@ class Int8Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def stored(linear: nn.Linear | Int8Linear) -> tuple[Tensor, Tensor | None]:
-    """(weight (out, in), None), or (int8, scale): what `dequantize` takes."""
-    return (linear.q, linear.scale) if isinstance(linear, Int8Linear) else (linear.weight, None)
-
-
 # ---- the adapter ------------------------------------------------------------------------------------------
 
-class LoRAMatMul(torch.autograd.Function):
-    """y = x W^T + s (x A^T) B^T for a frozen W, float or int8; s = alpha / r. With g the gradient of y:
-
-        g_x = g W + s (g B) A        g_A = s (g B)^T x        g_B = s g^T (x A^T)
-
-    Autograd would find the same as five nodes, which pass whole activations to each other and keep more.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, A: Tensor, B: Tensor, s: float, W: Tensor, scale: Tensor | None) -> Tensor:
-        A, sB = A.to(x.dtype), (B * s).to(x.dtype)  # s here, where numbers are few
-        low = x @ A.T  # (N, r)
-        ctx.s = s
-        ctx.save_for_backward(x, low, A, sB, W, scale)
-        return (x @ dequantize(W, scale, x.dtype).T).addmm_(low, sB.T)  # (N, out)
-
-    @staticmethod
-    def backward(ctx, g: Tensor) -> tuple:
-        x, low, A, sB, W, scale = ctx.saved_tensors
-        g_low = g @ sB  # (N, r): s g B
-        g_x = (g @ dequantize(W, scale, x.dtype)).addmm_(g_low, A)
-        return g_x, (g_low.T @ x).float(), (g.T @ low).float() * ctx.s, None, None, None
-
-
 class LoRALinear(nn.Module):
-    """y = x W^T + x A^T B^T * alpha / r around any linear, whose W LoRAMatMul reads: `base` is held, not
-    called. A and B are fp32 whatever the base is."""
+    """y = x W^T + (x A^T) B^T alpha / r around any linear. A and B are fp32 whatever the base is: an update
+    of 1e-4 of a number is lost in bf16's 8 bits."""
 
     def __init__(self, base: nn.Linear | Int8Linear, r: int, alpha: float,
                  generator: torch.Generator | None = None):
         super().__init__()
-        weight, _ = stored(base)
-        n_out, n_in = weight.shape
         self.base, self.scaling = base, alpha / r
+        (n_out, n_in), device = base.weight.shape, base.weight.device
         # A: uniform with nn.Linear's bound, as in PEFT (the LoRA paper: Gaussian). B: zero. Drawn on the
         # CPU: the same seed gives the same A on every device.
         start = (torch.rand(r, n_in, generator=generator) * 2 - 1) / math.sqrt(n_in)
-        self.A = nn.Parameter(start.to(weight.device))  # (r, in)
-        self.B = nn.Parameter(torch.zeros(n_out, r, device=weight.device))  # (out, r)
+        self.A = nn.Parameter(start.to(device))  # (r, in)
+        self.B = nn.Parameter(torch.zeros(n_out, r, device=device))  # (out, r)
         self.merged: Tensor | None = None  # (out, in) while merged
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged is not None:
             return F.linear(x, self.merged, self.base.bias)
-        y = LoRAMatMul.apply(x.flatten(0, -2), self.A, self.B, self.scaling, *stored(self.base))
-        y = y.view(*x.shape[:-1], -1)  # (.., out)
-        return y if self.base.bias is None else y + self.base.bias
+        # alpha / r goes to B, where numbers are few
+        A, sB = self.A.to(x.dtype), (self.B * self.scaling).to(x.dtype)
+        return self.base(x) + (x @ A.T) @ sB.T  # (.., out); x A^T is (.., r)
 
 
 def replace_linears(model: nn.Module, names: Iterable[str], make) -> int:
@@ -188,7 +166,7 @@ def merge(model: nn.Module) -> None:
     for layer in lora_layers(model).values():
         if layer.merged is not None:
             raise ValueError("this LoRA layer is merged already; merging twice would add it twice.")
-        weight = dequantize(*stored(layer.base), torch.float32).float() + layer.B @ layer.A * layer.scaling
+        weight = layer.base.weight.float() + layer.B @ layer.A * layer.scaling
         layer.merged = weight.detach().to(model.norm.weight.dtype)
 
 
@@ -314,7 +292,7 @@ def save_model(model: nn.Module, folder: str | Path, base: str | Path) -> None:
                 raise ValueError("merge the LoRA layers before the whole model is saved.")
             tensors[key] = layer.merged
         elif isinstance(layer, Int8Linear) and key not in tensors:  # no target of LoRA: written dense
-            tensors[key] = dequantize(*stored(layer), torch.float32).to(model.norm.weight.dtype)
+            tensors[key] = layer.weight.to(model.norm.weight.dtype)
     names = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json")
     save_tensors({n if n.startswith("lm_head") else f"model.{n}": t for n, t in tensors.items()},
                  folder / "model.safetensors", {"format": "pt"},
