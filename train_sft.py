@@ -124,6 +124,38 @@ def learning_rate(step: int, steps: int, s: Settings) -> float:
     return s.lr * (0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
+def restore(out: Path, names: dict[Tensor, str], optimizer: torch.optim.Optimizer,
+            facts: dict) -> tuple[int, int, float, list[str]]:
+    """Weights and AdamW's moments as `save` left them in `out`; (steps, tokens, seconds, the log's lines).
+
+    facts: what both runs must share, or it would be another run: not the same bits, a log that tells of two.
+    """
+    kept, log = out / "state.safetensors", out / "log.jsonl"
+    if not kept.exists() and log.exists():
+        print(f"(the run in {out} had not saved anything yet: from the beginning)")
+        return 0, 0, 0.0, []
+    if not kept.exists():
+        raise FileNotFoundError(f"{kept} is missing: no run to resume; run it without --resume.")
+    state, meta = lora.load_tensors(kept)
+    try:
+        changed = [k for k, v in json.loads(meta["facts"]).items() if v != facts[k]
+                   and k not in ("resume", "max_steps", "device", "eval_every", "out_dir")]
+        if changed:
+            raise ValueError(f"{out}: the run to resume had other settings for {changed}; use the same, or "
+                             "another --out_dir.")
+        done = int(meta["step"]), int(meta["tokens"]), float(meta["seconds"])
+        for p in optimizer.param_groups[0]["params"]:
+            p.data.copy_(state[f"weight.{names[p]}"])
+            if done[0]:  # an interrupt before the first step leaves AdamW without moments
+                optimizer.state[p] = {k: state[f"{k}.{names[p]}"].to(p.device if k != "step" else "cpu")
+                                      for k in ("step", "exp_avg", "exp_avg_sq")}
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"{kept}: not the state of such a run ({error}); train without --resume.") from None
+    # steps after the last save are done again, so their lines go
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+    return *done, lines[:done[0]]
+
+
 def main(s: Settings) -> None:
     out = Path(s.out_dir)
     device, dtype = llama.pick_device(s.device, s.dtype)
@@ -208,31 +240,8 @@ def main(s: Settings) -> None:
         lora.save_tensors(state, out / "state.safetensors", {
             "step": step, "tokens": tokens, "seconds": line["seconds"], "facts": json.dumps(facts)})
 
-    start, tokens, seconds, lines, kept = 0, 0, 0.0, [], out / "state.safetensors"
-    if s.resume and (out / "log.jsonl").exists() and not kept.exists():
-        print(f"(the run in {out} had not saved anything yet: from the beginning)")
-    elif s.resume:
-        if not kept.exists():
-            raise FileNotFoundError(f"{kept} is missing: no run to resume; run it without --resume.")
-        state, meta = lora.load_tensors(kept)
-        try:
-            # any other setting would make it another run: not the same bits, and a log that tells of two
-            changed = [k for k, v in json.loads(meta["facts"]).items() if v != facts[k]
-                       and k not in ("resume", "max_steps", "device", "eval_every", "out_dir")]
-            start, tokens, seconds = int(meta["step"]), int(meta["tokens"]), float(meta["seconds"])
-            for p in trained if not changed else ():
-                p.data.copy_(state[f"weight.{names[p]}"])
-                if start:  # an interrupt before the first step leaves AdamW without moments
-                    optimizer.state[p] = {k: state[f"{k}.{names[p]}"].to(p.device if k != "step" else "cpu")
-                                          for k in ("step", "exp_avg", "exp_avg_sq")}
-        except (KeyError, RuntimeError) as error:
-            raise ValueError(f"{kept}: not the state of such a run ({error}); train without --resume."
-                             ) from None
-        if changed:
-            raise ValueError(f"{out}: the run to resume had other settings for {changed}; use the same, "
-                             "or another --out_dir.")
-        if (out / "log.jsonl").exists():  # steps after the last save are done again, so their lines go
-            lines = (out / "log.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()[:start]
+    # steps, tokens and seconds that lie behind this run, and the log's lines of them
+    start, tokens, seconds, lines = restore(out, names, optimizer, facts) if s.resume else (0, 0, 0.0, [])
 
     held = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
     print(f"base {base} in {dtype} on {device}: weights of {held / 1e6:.0f} MB, "

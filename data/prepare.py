@@ -68,118 +68,6 @@ SEEN_PLAN = {"pool": 3, "val": 2, "test": 4, "sft": 10, "rl": 14}
 NEW_PLAN = {"pool": 3, "val": 2, "test": 4, "rl": 24}
 
 
-# ---- the command line of all scripts -----------------------------------------------------------------------
-
-def opt(default, help: str):
-    """A field of a settings dataclass: its default (and with it the flag's type) and its line in --help."""
-    return dataclasses.field(default=default, metadata={"help": help})
-
-
-def cli(settings: type, main) -> None:
-    """Parse the command line into the dataclass `settings`, one --flag a field, and call main(settings).
-
-    ValueError, OSError, want of memory: the user's to mend, one line, status 1. Any other is our bug.
-    """
-    class Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-        """Shows defaults, and leaves lines as they are."""
-    doc = (sys.modules[main.__module__].__doc__ or "").strip()
-    examples = [line for line in doc.splitlines() if line.startswith("    python ")]
-    parser = ArgumentParser(description=doc.split("\n\n")[0], epilog="\n".join(["for example:", *examples]),
-                            formatter_class=Help)
-    parser.error = lambda message: sys.exit(f"{parser.prog}: {message}; see --help")
-    for field in dataclasses.fields(settings):
-        kind = str if field.default is None else type(field.default)
-        # type=bool would take "--flag False" for True: a flag that defaults to False is a switch
-        how = {"action": "store_true"} if kind is bool else {"type": kind, "metavar": kind.__name__.upper()}
-        help = field.metadata["help"].replace("%", "%%")  # argparse formats it with %
-        parser.add_argument(f"--{field.name}", default=field.default, help=help, **how)
-    s = settings(**vars(parser.parse_args()))
-    out, kept = getattr(s, "out_dir", None), ""
-    if out:
-        kept = f"; finished work is kept in {out}: run it again" + " with --resume" * hasattr(s, "resume")
-    try:
-        for name, value in vars(s).items():
-            if isinstance(value, (int, float)) and not 0 <= value < 1 << 62:  # NaN neither
-                raise ValueError(f"--{name} {value} must be a number from 0 to 2^62; see --help")
-        writes = out and os.environ.get("RANK", "0") == "0"  # of torchrun's processes the first one
-        with claim(Path(out)) if writes else nullcontext():
-            main(s)
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        text = " ".join(str(error).split())
-        if isinstance(error, RuntimeError | MemoryError):
-            if isinstance(error, RuntimeError) and "memory" not in text:
-                raise
-            text = f"out of memory ({text[:90]}); use a smaller model or fewer tokens at once" + kept
-        elif getattr(error, "errno", None):  # Python's own words: they name no remedy
-            text = f"{error.filename or out or ''}: {error.strerror}; mend that{kept or ' and run it again'}"
-        # what a broken file holds may be long, and control characters in it would steer the terminal
-        text = "".join(c if c.isprintable() else "?" for c in text[:600])
-        sys.exit(f"{parser.prog}: {text}")  # text goes to stderr, with status 1
-    except KeyboardInterrupt:
-        print(f"\n{parser.prog}: stopped{kept}", file=sys.stderr)
-        sys.exit(130)  # 128 + SIGINT, what a shell expects
-
-
-# ---- files that are whole or absent ------------------------------------------------------------------------
-
-def put(source: Path, target: Path) -> None:
-    """Renames a finished file or folder into place, its bytes on the disk first: a kill or a power cut leaves
-    the old one or the new one, never a part of one."""
-    for path in [source, *source.rglob("*")]:
-        if path.is_file():
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-    os.replace(source, target)
-
-
-@contextmanager
-def claim(folder: Path) -> Iterator[None]:
-    """One run at a time in `folder`: the lock goes with its process, however that ends. A run that fails
-    before its first file leaves no new folder."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY) if fcntl else None
-    try:
-        if fcntl:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"{folder}: another run is writing there; wait for it, or use another "
-                                 "folder") from None
-            except OSError:  # a network drive without locks
-                pass
-        yield
-    finally:
-        if fcntl:
-            os.close(handle)
-        for path in made:
-            with suppress(OSError):
-                path.rmdir()  # it stays if anything is in it
-
-
-@contextmanager
-def scratch() -> Iterator[str]:
-    """An empty folder in data/ for unfinished files, gone afterwards; what killed runs left goes too."""
-    for left in DATA.glob("part-*") if fcntl else ():
-        with suppress(ValueError), claim(left):
-            shutil.rmtree(left)
-    with TemporaryDirectory(dir=DATA, prefix="part-") as temp, claim(Path(temp)):
-        yield temp
-
-
-def record_of_run(settings, data: Path, base_id: str) -> dict:
-    """For run.json beside every output: the same settings, versions and files, on the same machine, give the
-    same bits. Nothing in it depends on the time."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-                         cwd=DATA.parent, capture_output=True, text=True) if shutil.which("git") else None
-    return {"settings": dataclasses.asdict(settings), "base_id": base_id,
-            "commit": git.stdout.strip() if git else "",
-            "versions": {"python": sys.version.split()[0]} | {
-                name: version(name) for name in ("torch", "safetensors", "tiktoken", "numpy")},
-            "data": {file.name: sha256(file.read_bytes()).hexdigest()
-                     for file in sorted(data.glob("*.jsonl"))}}
-
-
 # ---- the base model ----------------------------------------------------------------------------------------
 
 def fetch(source: str, what: str, digest: str | None = None, folder: str = "") -> Path:
@@ -406,6 +294,118 @@ def ensure_data(data: str) -> Path:
         put(folder, target)
     print(f"{data}: {', '.join(f'{len(records):,} {name}' for name, records in splits.items())} records")
     return target
+
+
+# ---- files that are whole or absent ------------------------------------------------------------------------
+
+def put(source: Path, target: Path) -> None:
+    """Renames a finished file or folder into place, its bytes on the disk first: a kill or a power cut leaves
+    the old one or the new one, never a part of one."""
+    for path in [source, *source.rglob("*")]:
+        if path.is_file():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+    os.replace(source, target)
+
+
+@contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """One run at a time in `folder`: the lock goes with its process, however that ends. A run that fails
+    before its first file leaves no new folder."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        if fcntl:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{folder}: another run is writing there; wait for it, or use another "
+                                 "folder") from None
+            except OSError:  # a network drive without locks
+                pass
+        yield
+    finally:
+        if fcntl:
+            os.close(handle)
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()  # it stays if anything is in it
+
+
+@contextmanager
+def scratch() -> Iterator[str]:
+    """An empty folder in data/ for unfinished files, gone afterwards; what killed runs left goes too."""
+    for left in DATA.glob("part-*") if fcntl else ():
+        with suppress(ValueError), claim(left):
+            shutil.rmtree(left)
+    with TemporaryDirectory(dir=DATA, prefix="part-") as temp, claim(Path(temp)):
+        yield temp
+
+
+def record_of_run(settings, data: Path, base_id: str) -> dict:
+    """For run.json beside every output: the same settings, versions and files, on the same machine, give the
+    same bits. Nothing in it depends on the time."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+                         cwd=DATA.parent, capture_output=True, text=True) if shutil.which("git") else None
+    return {"settings": dataclasses.asdict(settings), "base_id": base_id,
+            "commit": git.stdout.strip() if git else "",
+            "versions": {"python": sys.version.split()[0]} | {
+                name: version(name) for name in ("torch", "safetensors", "tiktoken", "numpy")},
+            "data": {file.name: sha256(file.read_bytes()).hexdigest()
+                     for file in sorted(data.glob("*.jsonl"))}}
+
+
+# ---- the command line of all scripts -----------------------------------------------------------------------
+
+def opt(default, help: str):
+    """A field of a settings dataclass: its default (and with it the flag's type) and its line in --help."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def cli(settings: type, main) -> None:
+    """Parse the command line into the dataclass `settings`, one --flag a field, and call main(settings).
+
+    ValueError, OSError, want of memory: the user's to mend, one line, status 1. Any other is our bug.
+    """
+    class Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+        """Shows defaults, and leaves lines as they are."""
+    doc = (sys.modules[main.__module__].__doc__ or "").strip()
+    examples = [line for line in doc.splitlines() if line.startswith("    python ")]
+    parser = ArgumentParser(description=doc.split("\n\n")[0], epilog="\n".join(["for example:", *examples]),
+                            formatter_class=Help)
+    parser.error = lambda message: sys.exit(f"{parser.prog}: {message}; see --help")
+    for field in dataclasses.fields(settings):
+        kind = str if field.default is None else type(field.default)
+        # type=bool would take "--flag False" for True: a flag that defaults to False is a switch
+        how = {"action": "store_true"} if kind is bool else {"type": kind, "metavar": kind.__name__.upper()}
+        help = field.metadata["help"].replace("%", "%%")  # argparse formats it with %
+        parser.add_argument(f"--{field.name}", default=field.default, help=help, **how)
+    s = settings(**vars(parser.parse_args()))
+    out, kept = getattr(s, "out_dir", None), ""
+    if out:
+        kept = f"; finished work is kept in {out}: run it again" + " with --resume" * hasattr(s, "resume")
+    try:
+        for name, value in vars(s).items():
+            if isinstance(value, (int, float)) and not 0 <= value < 1 << 62:  # NaN neither
+                raise ValueError(f"--{name} {value} must be a number from 0 to 2^62; see --help")
+        writes = out and os.environ.get("RANK", "0") == "0"  # of torchrun's processes the first one
+        with claim(Path(out)) if writes else nullcontext():
+            main(s)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, RuntimeError | MemoryError):
+            if isinstance(error, RuntimeError) and "memory" not in text:
+                raise
+            text = f"out of memory ({text[:90]}); use a smaller model or fewer tokens at once" + kept
+        elif getattr(error, "errno", None):  # Python's own words: they name no remedy
+            text = f"{error.filename or out or ''}: {error.strerror}; mend that{kept or ' and run it again'}"
+        # what a broken file holds may be long, and control characters in it would steer the terminal
+        text = "".join(c if c.isprintable() else "?" for c in text[:600])
+        sys.exit(f"{parser.prog}: {text}")  # text goes to stderr, with status 1
+    except KeyboardInterrupt:
+        print(f"\n{parser.prog}: stopped{kept}", file=sys.stderr)
+        sys.exit(130)  # 128 + SIGINT, what a shell expects
 
 
 @dataclasses.dataclass
