@@ -6,11 +6,11 @@ PILLOW tunes its LLM with LoRA (paper, section 3.1; LoRA: arXiv 2106.09685, sect
          \\--> A (r, in), trained --> B (out, r), trained --> * alpha / r
 
 B starts at zero, so at step 0 the model is the base exactly; a random one would disturb it. A must not be
-zero too. With g the gradient of y, and s = alpha / r, the two that are trained get
+zero too. With g the gradient of y, the two that are trained get
 
-    g_A = s (g B)^T x        g_B = s g^T (x A^T)
+    g_A = alpha / r (g B)^T x        g_B = alpha / r g^T (x A^T)
 
-Each contains the other: were both zero, nothing would ever move.
+Each contains the other: at step 0 only B moves, and were both zero, nothing ever would.
 
 int8 is of weights alone, symmetric, with one scale an output row:
 

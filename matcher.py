@@ -40,7 +40,7 @@ from model import Transformer, fingerprint, pad, read_json
 from model import load as load_base
 
 # The share of the instruction's cosine in "nearest"; the input's is the rest. At 0.5 the nearest prompt is of
-# the query's task for 75% of val, at 0.95 for 98%, and between the prompts of a task the input decides.
+# the query's task for 78% of val, at 0.95 for 98%, and between the prompts of a task the input decides.
 INSTRUCTION = 0.95
 
 
@@ -136,7 +136,7 @@ class Matcher(nn.Module):
         self.state_tower = Tower(2 * width, width, hidden, generator)
         self.log_factors = nn.Parameter(torch.zeros(2))  # of instruction and input: RL may weigh them anew
         self.scale = scale  # softmax over cosine * scale: a flat start samples bad prompts and loses ground
-        self.candidates = min(candidates, 1 << 20)  # more could not be read back from matcher.json
+        self.candidates = min(candidates, 1 << 20)  # read_json takes no whole numbers of 2^24 and more
 
     def standardise(self, embedding: Tensor) -> Tensor:
         """-> (.., 2 C), of length 1: a product of two is INSTRUCTION * the instructions' cosine + the rest *

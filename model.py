@@ -397,8 +397,8 @@ def generate(model: Transformer, prompts: Sequence[list[int]], max_new_tokens: i
              on_token: Callable[[int, int], None] | None = None) -> list[list[int]]:
     """Continues each prompt until eos, the token sequence `stop`, or max_new_tokens; returns the new ids.
 
-    prefixes: for each row, None or the (L, 2, G, P, D) of `prefill` for ids that stand before its prompt: a
-    prompt shared by many queries is computed once. choose: logits (B, V) -> ids (B), see sample.py's draw.
+    prefixes: for each row, None or the (L, 2, G, P, D) of `prefill` for ids that stand before its own: what
+    many rows begin with is computed once. choose: logits (B, V) -> ids (B), see sample.py's draw.
     on_token(row, id) is called as tokens come. Rows of any length mix freely: each is padded on the left,
     and the result equals the row's alone.
     """
@@ -413,6 +413,7 @@ def generate(model: Transformer, prompts: Sequence[list[int]], max_new_tokens: i
             cache.kv[:, :, row, :, before - prefix.size(3):before] = prefix
             cache.real[row, before - prefix.size(3):before] = True
     cache.end = before
+    # padded at the left, so each row's newest token is in the last column, where the next one is read off
     hidden = model(ids.to(device), cache, real.to(device))  # (B, T, C)
 
     answers: list[list[int]] = [[] for _ in prompts]

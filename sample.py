@@ -6,10 +6,11 @@
 
 Works at every stage: with nothing trained the base model answers alone; with out/sft the tuned model does;
 with out/rl the matcher picks from the pool it was trained on, or from any file given with --pool, since it
-embeds prompts and does not index them. Without --prompt it asks for prompts until an empty line.
+embeds prompts and does not index them. Without --prompt it asks for instructions until an empty line.
 
     python sample.py --pool data/example_pool.jsonl --prompt "Write the order code." --input "7 red tables"
 """
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def draw(logits: Tensor, s: Settings, generator: torch.Generator | None) -> Tens
     probs = logits.softmax(-1)  # (B, V)
     if s.top_p < 1:  # the fewest tokens whose probabilities reach top_p; the most likely one always stays
         ordered, index = probs.sort(descending=True)
-        ordered[ordered.cumsum(-1) - ordered >= s.top_p] = 0
+        ordered[ordered.cumsum(-1) - ordered >= s.top_p] = 0  # minus its own: the one that crosses stays
         probs = torch.zeros_like(probs).scatter(-1, index, ordered)
     return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
 
@@ -116,7 +117,7 @@ def main(s: Settings) -> None:
         vectors = matching.embed_records(model, tokenizer, pool)  # (P, 2 C)
         matcher = matcher or matching.Matcher(vectors, hidden=1)  # untrained: nearest neighbours
     m = min(s.m or m, len(pool))
-    if matcher:  # else `match`'s shorter episodes would have fewer candidates than the whole one
+    if matcher:  # `episodes` takes m candidates at least: with this, `match`'s shorter ones take as many
         matcher.candidates = max(m, matcher.candidates)
     generator = torch.Generator(device).manual_seed(s.seed)
 
@@ -145,15 +146,9 @@ def main(s: Settings) -> None:
         answer({"task": "", "instruction": s.prompt, "input": s.input, "output": ""})
         return
     print("type an instruction (then its input, or nothing); an empty instruction ends")
-    while True:
-        try:
-            instruction = input("instruction> ").strip()
-            text = input("input> ").strip() if instruction else ""
-        except EOFError:
-            instruction = ""
-        if not instruction:
-            return
-        answer({"task": "", "instruction": instruction, "input": text, "output": ""})
+    with suppress(EOFError):
+        while instruction := input("instruction> ").strip():
+            answer({"task": "", "instruction": instruction, "input": input("input> ").strip(), "output": ""})
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ R(q, a). Drawn picks are enough to climb its mean J, and no gradient goes throug
     grad J = E_q E [ 1/K sum_k (R_k - b_k) grad log pi(a_k|q) ]              K episodes a_k of each query
 
 where log pi(a|q) is the sum over the m sequential picks, and the baseline b_k is the mean reward of the other
-K - 1 episodes (leave-one-out): it does not depend on a_k, so it adds no bias, and it removes what all of them
-share, how easy the query is. Without it the mean is the same, but every pick that was drawn is reinforced,
-since R >= 0, good or bad; with few samples that noise feeds itself and the policy collapses
+K - 1 episodes (leave-one-out): those are drawn independently of a_k, so it adds no bias, and it removes what
+all of them share, how easy the query is. Without it the mean is the same, but every pick that was drawn is
+reinforced, since R >= 0, good or bad; with few samples that noise feeds itself and the policy collapses
 (tests/experiment.py shows it). An entropy bonus, annealed to zero, keeps it looking around.
 
 Simplified: nothing else. No value network, no clipping, no KL. Answers are decoded greedily, so the reward
@@ -113,7 +113,7 @@ def read_rewards(file: Path) -> dict[str, dict]:
             if entry.pop("left", 0) == 0:
                 known.update(batch)
                 batch = {}
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
             batch = {}  # the torn last line of a run that was killed: its batch is computed again
     return known
 
@@ -123,7 +123,7 @@ class Environment:
 
     def __init__(self, model: llama.Transformer, tokenizer: Tokenizer, pool: list[Record], s: Settings,
                  identity: str, cache_file: Path, judge: "Environment | None" = None):
-        self.judge = judge or self  # its embeddings give the semantic score, the same in a whole comparison
+        self.judge = judge or self  # whose LLM embeds for the semantic score: one for all rows of a table
         self.model, self.tokenizer, self.pool, self.s = model, tokenizer, pool, s
         outputs = json.dumps([p["output"] for p in pool])  # the semantic score is standardised by them
         self.identity = [identity, hashlib.sha256(outputs.encode()).hexdigest()]
@@ -142,7 +142,7 @@ class Environment:
             self.file.write("\n")  # close the torn line, or the next entry would be lost with it
 
     def key(self, query: Record, picks: Sequence[int]) -> str:
-        """Everything the answer and its scores depend on: model, template, limits, the texts. Not the
+        """What the answer and its scores depend on: weights, template, limits, the texts. Not the
         weights of the mix: both scores are stored. Not this code: who changes how an answer is made or scored
         deletes the file of rewards."""
         texts = [self.identity, TEMPLATE, self.s.max_new_tokens, query_text(query), query["output"],
@@ -198,7 +198,7 @@ class Environment:
         texts = [instructions.clean_answer(self.tokenizer, ids) for ids in answers]
         references = [query["output"] for query in queries]
         semantic = self.judge.similarity(texts, references)
-        entries = []
+        entries = []  # rounded before use: what is read back from the file is the same number
         for key, prompt, prefix, text, reference, sem in zip(
                 keys, prompts, prefixes, texts, references, semantic, strict=True):
             spent = len(prompt) + (0 if prefix is None else prefix.size(3))
@@ -259,6 +259,7 @@ def reinforce(matcher: matching.Matcher, queries: Tensor, pool: Tensor, blocked:
     optimizer = torch.optim.Adam([{"params": towers}, {"params": [matcher.log_factors]}])
     generator = torch.Generator().manual_seed(s.seed + 1)  # the policy's own; nothing else advances it
     for step in range(1, s.steps + 1):
+        # in turn, not drawn: main has shuffled them, and none comes twice before all came once
         rows = [((step - 1) * s.queries + i) % len(queries) for i in range(s.queries)]
         left = 1 - (step - 1) / s.steps  # both the learning rates and the bonus fall to zero with it
         # act: K episodes of each of the B queries, drawn from the policy as it is now
@@ -268,6 +269,7 @@ def reinforce(matcher: matching.Matcher, queries: Tensor, pool: Tensor, blocked:
         # ask the LLM: no gradient goes through it, the reward is a number
         rewards = ask(rows, picks).view(-1, s.samples)  # (B, K)
         # learn: grad J is the mean of advantage * grad log pi, and optimisers descend, hence the minus
+        # (the entropy is a sum over all prompts and no estimate, so autograd differentiates it as it is)
         advantages = advantage(rewards).view(-1)  # (B K)
         loss = -(advantages * log_prob).mean() - s.entropy * left * entropy.mean()
         if not math.isfinite(loss.item()):

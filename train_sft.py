@@ -15,7 +15,7 @@ log.jsonl (a line a step: loss, val_loss, lr, grad_norm, tokens, seconds), and t
 
     python train_sft.py
     python train_sft.py --full --out_dir out/full --lr 5e-5     # all weights, what LoRA is compared with
-    torchrun --nproc_per_node=4 train_sft.py                    # four GPUs, or four machines' processors
+    torchrun --nproc_per_node=4 train_sft.py                    # four GPUs of one machine
 """
 import json
 import math
@@ -113,6 +113,7 @@ def answer_loss(model: llama.Transformer, ids: Tensor, targets: Tensor) -> Tenso
     The head, a quarter of a token's work, sees the N answer positions alone, and not the prompts.
     """
     hidden = model(ids)[targets >= 0]  # (N, C)
+    # float: a softmax over 49,152 logits in bf16 would lose what tells them apart
     return F.cross_entropy(model.head(hidden).float(), targets[targets >= 0], reduction="sum")
 
 
@@ -140,17 +141,17 @@ def restore(out: Path, names: dict[Tensor, str], optimizer: torch.optim.Optimize
     try:
         changed = [k for k, v in json.loads(meta["facts"]).items() if v != facts[k]
                    and k not in ("resume", "max_steps", "device", "eval_every", "out_dir")]
-        if changed:
-            raise ValueError(f"{out}: the run to resume had other settings for {changed}; use the same, or "
-                             "another --out_dir.")
         done = int(meta["step"]), int(meta["tokens"]), float(meta["seconds"])
-        for p in optimizer.param_groups[0]["params"]:
+        for p in optimizer.param_groups[0]["params"] if not changed else ():
             p.data.copy_(state[f"weight.{names[p]}"])
             if done[0]:  # an interrupt before the first step leaves AdamW without moments
                 optimizer.state[p] = {k: state[f"{k}.{names[p]}"].to(p.device if k != "step" else "cpu")
                                       for k in ("step", "exp_avg", "exp_avg_sq")}
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, RuntimeError, ValueError, AttributeError) as error:
         raise ValueError(f"{kept}: not the state of such a run ({error}); train without --resume.") from None
+    if changed:
+        raise ValueError(f"{out}: the run to resume had other settings for {changed}; use the same, or "
+                         "another --out_dir.")
     # steps after the last save are done again, so their lines go
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
     return *done, lines[:done[0]]
@@ -224,8 +225,9 @@ def main(s: Settings) -> None:
         dist.all_reduce(total)
         return total.tolist()
 
-    def save(step: int) -> None:
-        """Weights for use, and weights + moments for --resume. All under temporary names, then renamed."""
+    def save(line: dict) -> None:
+        """After the step of this log line: weights for use, and weights + moments for --resume. All under
+        temporary names, then renamed."""
         if rank:
             return
         if s.full:
@@ -238,7 +240,8 @@ def main(s: Settings) -> None:
             state |= {f"{key}.{names[p]}": value for key, value in moments.items()}
         # this one file is all that --resume reads: whatever moment a kill comes at, it is of one step
         lora.save_tensors(state, out / "state.safetensors", {
-            "step": step, "tokens": tokens, "seconds": line["seconds"], "facts": json.dumps(facts)})
+            "step": line["step"], "tokens": line["tokens"], "seconds": line["seconds"],
+            "facts": json.dumps(facts)})
 
     # steps, tokens and seconds that lie behind this run, and the log's lines of them
     start, tokens, seconds, lines = restore(out, names, optimizer, facts) if s.resume else (0, 0, 0.0, [])
@@ -280,7 +283,7 @@ def main(s: Settings) -> None:
             # pressed is looked at once: any later it counts for the next step, in all processes alike
             loss, stop = add_up(loss, float(bool(pressed)))
             if world > 1:
-                for p in trained:
+                for p in trained:  # a sum, since parts are divided by the whole step's tokens; all take part
                     p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                     dist.all_reduce(p.grad)
             # Above 1 a few strange records would set the direction; the log shows the norm before clipping.
@@ -290,14 +293,13 @@ def main(s: Settings) -> None:
             if not math.isfinite(loss + norm):
                 raise ValueError(f"step {step + 1}: the loss is {loss}, the gradient's norm {norm}; lower "
                                  f"--lr (the last good save is in {out}).")
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, schedule, s)
+            optimizer.param_groups[0]["lr"] = lr = learning_rate(step, schedule, s)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
             done = step + 1
             tokens += sum(len(ids) for ids, _ in order[place])
-            line = {"step": done, "loss": round(loss, 4), "lr": round(group["lr"], 7),
+            line = {"step": done, "loss": round(loss, 4), "lr": round(lr, 7),
                     "grad_norm": round(norm, 3), "tokens": tokens, "seconds": round(time.time() - began, 2)}
             if done % s.eval_every == 0 or done == steps:
                 with torch.no_grad(), autocast:
@@ -307,7 +309,7 @@ def main(s: Settings) -> None:
             log.write(json.dumps(line) + "\n")
             log.flush()
             if "val_loss" in line or stop:
-                save(done)
+                save(line)
             print(f"step {done}/{steps}  loss {loss:.3f} (nats a token)  lr {line['lr']:.1e}  "
                   f"{tokens / max(line['seconds'], 0.01):.0f} tokens/s  {line['seconds'] / 60:.1f} min"
                   + (f"  val loss {line['val_loss']:.3f}, saved" if "val_loss" in line else ""), flush=True)

@@ -52,8 +52,8 @@ SETS = {  # name: address, what it is, sha256 where the file cannot change
 
 # The selection of BIG-bench, {"seen" or "new": {task: instruction}}: short rewriting and generation, which
 # small models can do when shown how; they guess at multiple choice. Instructions are ours: what users type.
-# "style 2." names an answer's form without showing it, a matched prompt does. A task in all its styles, a
-# line of the file, is seen by the LoRA or new to it; a hash of names, blind to them, made every third new.
+# "style 2." names an answer's form without showing it, a matched prompt does. A line of the file is a task in
+# all its styles, and is whole seen by the LoRA or new to it: every third is new, by a hash of its name.
 # The rule: a line stays if on its `val` records LoRA with the nearest prompt beats (ROUGE-L, summed) always
 # giving the task's most frequent answer elsewhere. Measured on 2026-11-25 with train_sft.py's adapter of seed
 # 1337: of 72 lines (168 tasks) 58 stayed (146). Over all 72, LoRA so prompted had 69.3 points on seen tasks
@@ -211,7 +211,7 @@ def clean(task: str, instruction: str, example: dict) -> dict | None:
     output = example.get("target") or max(example["target_scores"], key=example["target_scores"].get)
     output = (output if isinstance(output, str) else output[0]).strip()  # of several references the first
     text = example["input"].strip().removeprefix("Utterance: ")
-    if all(re.fullmatch("'.*'", field) for field in (text, output)):  # wrangling's '18:55', '5' -> 18:55, 5
+    if all(re.fullmatch("'.*'", field) for field in (text, output)):  # data wrangling's '18:55' -> 18:55
         text, output = (field[1:-1].replace("', '", ", ").strip() for field in (text, output))
     if match := re.fullmatch(r"(.+?)\s*Change tense to ([A-Z ]+):", text):  # the instruction is in the input
         text, instruction = match[1], instruction.format(tense=match[2].lower())

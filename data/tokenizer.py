@@ -12,6 +12,7 @@ Try: python -c "from data.tokenizer import Tokenizer as T; print(T('data/base').
 """
 import json
 import unicodedata
+from itertools import takewhile
 from pathlib import Path
 
 import tiktoken
@@ -20,7 +21,7 @@ import tiktoken
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # With Digits(individual_digits) before it (SmolLM): each digit stands alone and takes no leading space; white
 # space before a digit ends its piece there, hence \p{N} in the look-ahead. GPT-2's own pattern gives
-# other ids for every number.
+# other ids for most numbers.
 DIGITS_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
 LONGEST_TEXT = 200_000  # characters; in a million blanks the stack of tiktoken's pattern overflows: panic
@@ -124,7 +125,7 @@ class Tokenizer:
             tokens += [t for t in vocab if all(c in alphabet for c in t)]
         for token in tokens:
             as_bytes = bytes(alphabet[c] for c in token)
-            if as_bytes not in ranks:
+            if as_bytes not in ranks:  # two merges can make one token: the earlier gives its rank
                 ranks[as_bytes] = len(self.ids)
                 self.ids.append(vocab[token])
         # No special token is given to tiktoken: what a user types can then never become one.
@@ -138,23 +139,16 @@ class Tokenizer:
         config = read_json(file.parent / "config.json")
         eos = config.get("eos_token_id")
         self.eos: int = eos[0] if isinstance(eos, list) else eos
-        self.bos: list[int] = self.leading_tokens(spec.get("post_processor"), added)
+        # bos: the control tokens that Hugging Face puts before any text (Llama 3's begin_of_text)
+        processor = spec.get("post_processor") or {}
+        template = next((step["single"] for step in processor.get("processors", [processor])
+                         if step.get("type") == "TemplateProcessing"), [])
+        self.bos: list[int] = [added[piece["SpecialToken"]["id"]]
+                               for piece in takewhile(lambda piece: "SpecialToken" in piece, template)]
         rows = config.get("vocab_size", 1 << 31)  # of the embedding; often more than there are ids
         if wrong := [i for i in [*self.ids, *self.bos, self.eos] if type(i) is not int or not -1 <= i < rows]:
             raise ValueError(f"{file}: its ids (and eos_token_id) must be whole numbers below config.json's "
                              f"vocab_size {rows}, but {wrong[0]} is there; take both files of one model.")
-
-    @staticmethod
-    def leading_tokens(post_processor: dict | None, added: dict[str, int]) -> list[int]:
-        """The control tokens that Hugging Face puts before any text (Llama 3's begin_of_text)."""
-        steps = (post_processor or {}).get("processors", [post_processor or {}])
-        template = next((s["single"] for s in steps if s.get("type") == "TemplateProcessing"), [])
-        bos = []
-        for piece in template:
-            if "SpecialToken" not in piece:
-                break
-            bos.append(added[piece["SpecialToken"]["id"]])
-        return bos
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text` alone: no bos, no eos, and nothing in it is read as a control token."""

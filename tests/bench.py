@@ -502,7 +502,7 @@ def draw_peers(b: Bench) -> None:
         better, goal = (r["ratio"], float(bound)) if sign == ">=" else (1 / r["ratio"], 1 / float(bound))
         axis.barh(y, better, color="C0" if r["met"] == "yes" else "C1")
         axis.plot([goal, goal], [y - 0.4, y + 0.4], color="black")
-        axis.annotate(f" {better:.2g}", (better, y), va="center", fontsize=8)
+        axis.annotate(f" {better:.3g}", (better, y), va="center", fontsize=8)
     axis.set(xscale="log", xlabel="times better than the peer (black: our goal; orange: missed)",
              yticks=range(len(rows)))
     axis.set_yticklabels([f"{fill(r['work'], 64)}\n{r['against']}" for r in rows], fontsize=7)

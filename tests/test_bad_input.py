@@ -167,6 +167,11 @@ def wheel(body: bytes):
     return lambda _, patch: patch.setattr(prepare.subprocess, "run", pip)
 
 
+def state(**metadata: str):
+    """A state to resume from, with this metadata and no tensor."""
+    return lambda home, _: save_file({}, home / "sft/state.safetensors", metadata)
+
+
 def load_raises(error):
     def load(*_args, **_how):
         raise error
@@ -469,6 +474,10 @@ TABLE = {  # what it is: (command, damage, what the sentence must say)
         "state.safetensors is missing: no run to resume; run it without"),
     "the state of something else": (SFT + "--out_dir sft --resume", lambda home, _: shutil.copy(
         home / ADAPTER, home / "sft/state.safetensors"), "not the state of such a run"),
+    "a state whose settings are no object": (SFT + "--out_dir sft --resume", state(facts="[]"),
+        "not the state of such a run"),
+    "a state whose step is no number": (SFT + "--out_dir sft --resume", state(facts="{}", step="two"),
+        "not the state of such a run"),
     "all weights over their own base": (SFT + "--full --out_dir base", nothing,
         "--full would overwrite its own base"),
 }

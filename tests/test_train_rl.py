@@ -250,6 +250,9 @@ def test_a_torn_last_line_is_computed_again(llm, tmp_path):
     assert fourth.scores(QUERIES, PICKS) == wanted and fourth.computed == 0
     fourth.scores(QUERIES[:1], [[3]])
     assert environment(llm, path).known == fourth.known and len(fourth.known) == 7
+    entry = json.loads(path.read_bytes().splitlines()[0])
+    path.write_text(json.dumps(entry | {"rouge": 10**400, "left": 0}) + "\n")  # more than a float can hold
+    assert environment(llm, path).known == {}
 
 
 def test_the_key_holds_all_that_an_answer_depends_on(llm, tmp_path):
