@@ -110,7 +110,8 @@ class LoRALinear(nn.Module):
                  generator: torch.Generator | None = None):
         super().__init__()
         self.base, self.scaling = base, alpha / r
-        (n_out, n_in), device = base.weight.shape, base.weight.device
+        weight = base.weight  # once: an Int8Linear computes it anew each time
+        (n_out, n_in), device = weight.shape, weight.device
         # A: uniform with nn.Linear's bound, as in PEFT (the LoRA paper: Gaussian). B: zero. Drawn on the
         # CPU: the same seed gives the same A on every device.
         start = (torch.rand(r, n_in, generator=generator) * 2 - 1) / math.sqrt(n_in)

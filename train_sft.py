@@ -132,11 +132,11 @@ def restore(out: Path, names: dict[Tensor, str], optimizer: torch.optim.Optimize
     facts: what both runs must share, or it would be another run: not the same bits, a log that tells of two.
     """
     kept, log = out / "state.safetensors", out / "log.jsonl"
-    if not kept.exists() and log.exists():
+    if not kept.exists():
+        if not log.exists():
+            raise FileNotFoundError(f"{kept} is missing: no run to resume; run it without --resume.")
         print(f"(the run in {out} had not saved anything yet: from the beginning)")
         return 0, 0, 0.0, []
-    if not kept.exists():
-        raise FileNotFoundError(f"{kept} is missing: no run to resume; run it without --resume.")
     state, meta = lora.load_tensors(kept)
     try:
         changed = [k for k, v in json.loads(meta["facts"]).items() if v != facts[k]
