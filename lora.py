@@ -5,150 +5,131 @@ PILLOW tunes its LLM with LoRA (paper, section 3.1; LoRA: arXiv 2106.09685, sect
     x (.., in) --> frozen W, int8 (out, in) ----------------> + --> y (.., out)
          \\--> A (r, in), trained --> B (out, r), trained --> * alpha / r
 
-B starts at zero, so at step 0 the model is the base exactly; a random one would disturb it. A must not be
-zero too. With g the gradient of y, the two that are trained get
+B starts at zero, so at step 0 the model is exactly the base. A must not be zero too. With y's gradient g,
 
-    g_A = alpha / r (g B)^T x        g_B = alpha / r g^T (x A^T)
+    gradient of A = alpha / r (g B)^T x        gradient of B = alpha / r g^T (x A^T)
 
-Each contains the other: at step 0 only B moves, and were both zero, nothing ever would.
+Each contains the other: at step 0 only B moves, and if both were zero, neither ever would.
 
-int8 is of weights alone, symmetric, with one scale an output row:
+int8 is for weights only, symmetric, with one scale for each output row:
 
     a row of W     0.50   -1.27    0.03      scale = 1.27 / 127 = 0.01: the row's largest becomes 127
-    kept, q          50    -127       3      a byte each; q * scale is the row again, to within scale / 2
+    stored, q        50    -127       3      one byte each; q * scale is the row again, to within scale / 2
 
-A LoRA layer *holds* whatever linear it adapts, and calls it: quantisation and adaptation do not know of
-each other.
+A LoRA layer *holds* the linear that it adapts and calls it, so LoRA works the same on float and int8 layers.
 
-Simplified: no dropout, no per-module ranks, no bias training. Files are PEFT's: either reads the other's.
+Letters: r rank of LoRA, N tokens.
+Simplified: no dropout, one rank for all modules, no bias training. The files are PEFT's, and PEFT reads ours.
 
 Try: python -c "import model, lora; print(lora.quantize(model.load('data/base')).layers[0].self_attn)"
 """
-import json
 import math
-import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from data.prepare import put
-from model import open_tensors, read_json
+from data.files import check_supported, file_hash, read_json, read_tensors, save_tensors, to_json
+from data.prepare import fingerprint
+from model import Transformer
+from model import load as load_base
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# Not v and down: 28% of the blocks' weights, and two thirds of what rounding costs. Without them SmolLM2-135M
-# is 1.2e-3 nats a token (KL divergence) from fp32 instead of 3.9e-3, its perplexity -0.07% instead of -0.53%
-# (20,400 tokens; standard errors 0.04% and 0.07%).
+# Without v and down: 28% of the blocks' weights, but two thirds of what rounding costs (KL divergence).
 INT8_LINEAR = ("q_proj", "k_proj", "o_proj", "gate_proj", "up_proj")
-PEFT_PREFIX = "base_model.model.model."  # without it PEFT loads nothing and only warns
+PEFT_PREFIX = "base_model.model.model."  # TRAP: without it PEFT loads nothing and only warns
 
 
-# ---- the frozen base in int8 ------------------------------------------------------------------------------
-
-def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """int8 (out, in) and a scale for each output row -> the weight."""
-    return q.to(dtype).mul_(scale.to(dtype)[:, None])
-
+# ---- the frozen base in int8 -----------------------------------------------------------------------------
 
 class Int8MatMul(torch.autograd.Function):
-    """y = x @ W^T, keeping only the int8 of W for backward.
+    """y = (x q^T) * scale, which is x W^T for W = q * scale.
 
-    The plain expression would make autograd keep a float copy of every weight: 1 + 2 bytes a weight, worse
-    than a bf16 base. Casting again in backward costs little time and no memory; gradients are equal.
+    TRAP: the plain expression F.linear(x, W) makes autograd keep a float copy of every weight: 1 + 2 bytes
+    each, more than a bf16 base. This keeps q and casts it again in backward. Gradients are equal.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, q: Tensor, scale: Tensor) -> Tensor:  # (.., in) -> (.., out)
         ctx.save_for_backward(q, scale)
-        return F.linear(x, dequantize(q, scale, x.dtype))
+        return F.linear(x, q.to(x.dtype)).mul_(scale)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad @ dequantize(*ctx.saved_tensors, grad.dtype), None, None  # the base is frozen: x alone
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # the base is frozen: only x has a gradient
+        q, scale = ctx.saved_tensors
+        return (grad * scale).to(grad.dtype) @ q.to(grad.dtype), None, None  # (.., out) -> (.., in)
 
 
 class Int8Linear(nn.Module):
-    """A frozen linear whose weight is int8: a quarter of fp32's bytes, half of bf16's."""
+    """A frozen linear with an int8 weight: a quarter of fp32's bytes, half of bf16's."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
+        self.out_features, self.in_features = linear.weight.shape
         weight = linear.weight.detach().float()  # (out, in)
-        scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127  # (out): a row's largest becomes 127
+        scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127  # (out): a row's largest number becomes 127
         # Buffers, not parameters: no optimiser can touch them.
-        self.register_buffer("q", (weight / scale[:, None]).round().to(torch.int8))
-        self.register_buffer("scale", scale)
+        self.register_buffer("q", (weight / scale[:, None]).round().to(torch.int8))  # (out, in)
+        self.register_buffer("scale", scale)  # (out), fp32
         self.bias = linear.bias
 
     @property
-    def weight(self) -> Tensor:  # (out, in), fp32: what it computes with, for merging and for files
-        return dequantize(self.q, self.scale, torch.float32)
+    def weight(self) -> Tensor:  # (out, in), fp32, for merging
+        return self.q * self.scale[:, None]
 
-    def forward(self, x: Tensor) -> Tensor:
-        decoding = x.numel() <= 4 * x.size(-1) and not torch.is_grad_enabled()
-        if decoding and x.dtype == torch.bfloat16 and x.device.type == "cpu":
-            # A few rows are bound by reading weights. This kernel reads the int8 itself: 27 us for one row
-            # of 1536 x 576, where casting first takes 222; from about 16 rows on it is the slower one.
-            y = torch._weight_int8pack_mm(x.reshape(-1, x.size(-1)), self.q, self.scale.to(x.dtype))
-            y = y.view(*x.shape[:-1], -1)
-        else:
-            y = Int8MatMul.apply(x, self.q, self.scale)
+    def forward(self, x: Tensor) -> Tensor:  # (.., in) -> (.., out)
+        y = Int8MatMul.apply(x, self.q, self.scale)
         return y if self.bias is None else y + self.bias
 
 
-# ---- the adapter ------------------------------------------------------------------------------------------
+# ---- the adapter -----------------------------------------------------------------------------------------
 
 class LoRALinear(nn.Module):
-    """y = x W^T + (x A^T) B^T alpha / r around any linear. A and B are fp32 whatever the base is: an update
-    of 1e-4 of a number is lost in bf16's 8 bits."""
+    """y = x W^T + (x A^T) B^T alpha / r around any linear. A and B are fp32 even on a bf16 base: an update of
+    1e-4 of a number is lost in bf16's 8 bits."""
 
     def __init__(self, base: nn.Linear | Int8Linear, r: int, alpha: float,
                  generator: torch.Generator | None = None):
         super().__init__()
         self.base, self.scaling = base, alpha / r
-        weight = base.weight  # once: an Int8Linear computes it anew each time
-        (n_out, n_in), device = weight.shape, weight.device
-        # A: uniform with nn.Linear's bound, as in PEFT (the LoRA paper: Gaussian). B: zero. Drawn on the
-        # CPU: the same seed gives the same A on every device.
-        start = (torch.rand(r, n_in, generator=generator) * 2 - 1) / math.sqrt(n_in)
-        self.A = nn.Parameter(start.to(device))  # (r, in)
-        self.B = nn.Parameter(torch.zeros(n_out, r, device=device))  # (out, r)
-        self.merged: Tensor | None = None  # (out, in) while merged
+        # A: uniform with nn.Linear's bound, as in PEFT (the LoRA paper: Gaussian). Drawn on the CPU, so the
+        # same seed gives the same A on every device.
+        uniform = torch.rand(r, base.in_features, generator=generator) * 2 - 1
+        self.A = nn.Parameter(uniform / math.sqrt(base.in_features))  # (r, in)
+        self.B = nn.Parameter(torch.zeros(base.out_features, r))  # (out, r)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.merged is not None:
-            return F.linear(x, self.merged, self.base.bias)
-        # alpha / r goes to B, where numbers are few
-        A, sB = self.A.to(x.dtype), (self.B * self.scaling).to(x.dtype)
-        return self.base(x) + (x @ A.T) @ sB.T  # (.., out); x A^T is (.., r)
+    def forward(self, x: Tensor) -> Tensor:  # (.., in) -> (.., out)
+        # alpha / r scales B, which has fewer numbers than x has
+        A, B = self.A.to(x.dtype), (self.B * self.scaling).to(x.dtype)
+        return self.base(x) + (x @ A.T) @ B.T  # x A^T is (.., r)
 
 
-def replace_linears(model: nn.Module, names: Iterable[str], make) -> int:
-    """Puts make(linear) where the blocks have a linear whose last name is in `names`; returns how many."""
-    found = [(module, name) for module in model.layers.modules() for name, child in module.named_children()
-             if name in names and isinstance(child, (nn.Linear, Int8Linear))]
-    for module, name in found:  # the names alone: a list of the linears would keep all the float weights
-        setattr(module, name, make(getattr(module, name)))
+def replace_linears(model: Transformer, names: Iterable[str], make: Callable[[nn.Module], nn.Module]) -> int:
+    """Puts make(layer) in place of the blocks' linears with these names; returns how many there are."""
+    found = [(parent, name) for parent in model.layers.modules() for name, child in parent.named_children()
+             if name in names and isinstance(child, nn.Linear | Int8Linear | LoRALinear)]
+    for parent, name in found:  # one at a time: a replaced weight is freed before the next one is made
+        setattr(parent, name, make(getattr(parent, name)))
     return len(found)
 
 
-def quantize(model: nn.Module) -> nn.Module:
-    """INT8_LINEAR of all blocks to int8, in place, one at a time. Embedding, norms and head stay as they are:
-    the tied embedding is read by row on the way in, and as the head it decides every token."""
+def quantize(model: Transformer) -> Transformer:
+    """INT8_LINEAR of all blocks to int8, in place. The embedding and norms stay as they are: the embedding is
+    read row by row on the way in, and as the tied head it decides every token."""
     replace_linears(model, INT8_LINEAR, Int8Linear)
     return model
 
 
-def add_lora(model: nn.Module, r: int, alpha: float, targets: Iterable[str] = ALL_LINEAR,
+def add_lora(model: Transformer, r: int, alpha: float, targets: Iterable[str] = ALL_LINEAR,
              generator: torch.Generator | None = None) -> list[nn.Parameter]:
-    """Freezes the model, wraps the targets, returns what is trained; ValueError: a target matches nothing."""
+    """Freezes the model, wraps the targets, returns what is trained. ValueError: a target matches nothing."""
     model.requires_grad_(False)
+    def wrap(base: nn.Module) -> LoRALinear:
+        return LoRALinear(base, r, alpha, generator).to(model.norm.weight.device)
     for target in targets:
-        if not replace_linears(model, [target], lambda linear: LoRALinear(linear, r, alpha, generator)):
+        if not replace_linears(model, [target], wrap):
             raise ValueError(f"LoRA target '{target}' is no linear of this model; choose among {ALL_LINEAR}.")
     return [p for p in model.parameters() if p.requires_grad]
 
@@ -157,206 +138,96 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
-def merge(model: nn.Module) -> None:
-    """W + B A * alpha / r as one dense weight for each LoRA layer: nothing extra in a forward pass.
+def merge(model: Transformer) -> None:
+    """Replaces every LoRA and int8 layer by one plain linear, W + B A alpha / r: nothing extra at inference.
 
-    Explicit, never on eval(), where it would edit weights behind one's back. An int8 base is
-    dequantised, since the adapter was trained against that; it is kept, so unmerge is exact. To round the sum
-    to int8 again would cost 0.04 nats a token (measured after train_sft.py, standard error 0.007).
+    TRAP: merging is explicit. Some libraries merge inside eval(), which changes weights silently. An int8 W
+    is dequantised, since the adapter was trained on that. The sum stays float: to round it again would cost
+    0.04 nats a token.
     """
-    for layer in lora_layers(model).values():
-        if layer.merged is not None:
-            raise ValueError("this LoRA layer is merged already; merging twice would add it twice.")
-        weight = layer.base.weight.float() + layer.B @ layer.A * layer.scaling
-        layer.merged = weight.detach().to(model.norm.weight.dtype)
+    if not lora_layers(model):
+        raise ValueError("the model has no LoRA layer to merge; merging twice would add it twice.")
 
-
-def unmerge(model: nn.Module) -> None:
-    for layer in lora_layers(model).values():
-        if layer.merged is None:
-            raise ValueError("this LoRA layer is not merged.")
-        layer.merged = None
-
-
-class PackedLinear(nn.Module):
-    """A frozen weight laid out once as oneDNN's kernels read it, which F.linear does at every call: the same
-    bits, 1.4 to 2.8 times as fast for up to 32 rows, 1.1 times for many."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None):
-        super().__init__()
-        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight, None), bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-
-def pack(model: nn.Module) -> None:
-    """Makes a model that will only answer faster where that is possible (CPU, bf16, oneDNN): merged LoRA
-    layers (what is under them goes), plain linears and the head are packed, a tied head into a copy of its
-    own (57 MB of SmolLM2). There is no way back to training or to a file."""
-    weight = model.norm.weight
-    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or not (
-            torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        return
-    found = [(module, name) for module in model.modules() if not isinstance(module, LoRALinear)
-             for name, child in module.named_children() if isinstance(child, (nn.Linear, LoRALinear))]
-    for module, name in found:  # one at a time: what a packed one replaces is freed before the next is made
-        linear = getattr(module, name)
-        weight, bias = (linear.merged, linear.base.bias) if isinstance(linear, LoRALinear) else (
-            linear.weight, linear.bias)
-        setattr(module, name, PackedLinear(weight, bias))
-    if model.lm_head is None:  # tied: the embedding's rows are still read as they are
-        model.lm_head = PackedLinear(model.embed_tokens.weight, None)
-
-
-# ---- files ------------------------------------------------------------------------------------------------
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name to write to, renamed to `path` at the end: a killed run leaves the old file or the new
-    one, never half of one."""
-    part = path.with_name(path.name + ".tmp")  # a folder, since safetensors has a temporary file of its own
-    shutil.rmtree(part, ignore_errors=True)  # what a killed run left
-    part.mkdir(parents=True)
-    try:
-        yield part / path.name
-        put(part / path.name, path)
-    except SafetensorError as error:  # what a full disk becomes on the way through safetensors
-        raise OSError(f"{path}: not written ({error}); free some space and run it again.") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)  # a full disk: what was half written goes
-
-
-def json_bytes(content: dict) -> bytes:
-    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
-
-
-def save_json(content: dict, path: Path) -> None:
-    with replacing(path) as temporary:
-        temporary.write_bytes(json_bytes(content))
-
-
-def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict | None = None,
-                 beside: dict[str, bytes] | None = None) -> None:
-    """Tensors, and beside them the small files that say how to read them. A run that is killed must not leave
-    its tensors with an older run's alpha or base: where these files change, the old tensors go first. On a
-    full disk nothing goes, since the new ones must be written by then."""
-    with replacing(path) as temporary:
-        save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, temporary,
-                  metadata={k: str(v) for k, v in (metadata or {}).items()})
-        temporary.chmod(0o644)  # safetensors writes it readable for its owner alone
-        for name, content in (beside or {}).items():
-            file = path.with_name(name)
-            if not file.exists() or file.read_bytes() != content:
-                path.unlink(missing_ok=True)
-                with replacing(file) as new:
-                    new.write_bytes(content)
-
-
-def plot_log(log: Path, unit: str, *keys: str) -> None:
-    """A run's log, its `keys` over the steps, as a picture beside it; none where matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure  # not pyplot, which would look for a screen
-    except ImportError:
-        return
-    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axis = figure.subplots()
-    for key in keys:
-        points = [(line["step"], line[key]) for line in lines if key in line]
-        axis.plot(*zip(*points, strict=True), marker="o" if len(points) < len(lines) else "", label=key)
-    axis.set(xlabel="step", ylabel=unit)
-    axis.legend()
-    axis.grid(alpha=0.3)
-    with replacing(log.with_suffix(".png")) as file:
-        figure.savefig(file, dpi=120)
-
-
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, metadata) of a safetensors file; FileNotFoundError or ValueError in one sentence."""
-    with open_tensors(path) as file:
-        return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}
-
-
-def save_model(model: nn.Module, folder: str | Path, base: str | Path) -> None:
-    """All weights (LoRA merged) as a Hugging Face folder, which --base takes, and transformers too."""
-    folder, tensors = Path(folder), {}
-    if any(isinstance(module, PackedLinear) for module in model.modules()):
-        raise ValueError("a packed model only answers; save it before pack().")
-    for name, tensor in model.state_dict().items():
-        if not name.endswith((".A", ".B", ".q", ".scale")):  # a base's bias stays, under its own name
-            tensors[name.replace(".base.", ".")] = tensor
-    for name, layer in model.named_modules():  # a LoRA layer comes before the base that it holds
-        key = f"{name.removesuffix('.base')}.weight"
+    def dense(layer: nn.Module) -> nn.Module:
+        if isinstance(layer, nn.Linear):
+            return layer
+        base = layer.base if isinstance(layer, LoRALinear) else layer
+        weight = base.weight.detach().float()  # (out, in)
         if isinstance(layer, LoRALinear):
-            if layer.merged is None:
-                raise ValueError("merge the LoRA layers before the whole model is saved.")
-            tensors[key] = layer.merged
-        elif isinstance(layer, Int8Linear) and key not in tensors:  # no target of LoRA: written dense
-            tensors[key] = layer.weight.to(model.norm.weight.dtype)
-    names = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json")
-    save_tensors({n if n.startswith("lm_head") else f"model.{n}": t for n, t in tensors.items()},
-                 folder / "model.safetensors", {"format": "pt"},
-                 {name: Path(base, name).read_bytes() for name in names if Path(base, name).exists()})
+            weight = weight + (layer.B @ layer.A).detach() * layer.scaling
+        linear = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(weight.to(model.norm.weight.dtype), requires_grad=False)
+        linear.bias = base.bias
+        return linear
+    replace_linears(model, ALL_LINEAR, dense)
 
+
+# ---- the adapter's files ---------------------------------------------------------------------------------
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """A and B under the names PEFT gives them."""
+    """A and B of all layers under the names that PEFT gives them."""
     return {f"{PEFT_PREFIX}{name}.lora_{which}.weight": getattr(layer, which)
             for name, layer in lora_layers(model).items() for which in "AB"}
 
 
 def save_adapter(model: nn.Module, folder: str | Path, base: str, base_id: str, template: str) -> None:
-    """PEFT's two files, plus nanopillow.json: on which base (and was it int8) and template it was trained."""
-    folder, layers = Path(folder), lora_layers(model)
+    """PEFT's two files, and nanopillow.json: on which base, was it int8, and with which template."""
+    layers = lora_layers(model)
     first = next(iter(layers.values()))
-    r = first.A.size(0)
+    r, alpha = first.A.size(0), first.scaling * first.A.size(0)
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": r,
-              "lora_alpha": first.scaling * r, "target_modules": sorted({n.split(".")[-1] for n in layers}),
-              "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True}
-    ours = {"base_id": base_id, "int8": any(isinstance(module, Int8Linear) for module in model.modules()),
-            "template": template}
-    save_tensors(adapter_tensors(model), folder / "adapter_model.safetensors", {"format": "pt"},
-                 {"adapter_config.json": json_bytes(config), "nanopillow.json": json_bytes(ours)})
+              "lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "lora_dropout": 0.0, "bias": "none",
+              "target_modules": sorted({name.split(".")[-1] for name in layers}), "fan_in_fan_out": False,
+              "inference_mode": True}
+    ours = {"base_id": base_id, "template": template,
+            "int8": any(isinstance(module, Int8Linear) for module in model.modules())}
+    save_tensors(adapter_tensors(model), Path(folder, "adapter_model.safetensors"), {"format": "pt"},
+                 {"adapter_config.json": to_json(config), "nanopillow.json": to_json(ours)})
 
 
-def load_adapter(model: nn.Module, folder: str | Path, base_id: str, template: str) -> None:
-    """Adds the adapter in `folder` (ours or PEFT's) to the model, frozen; ValueError names what differs."""
-    folder = Path(folder)
-    config_file = folder / "adapter_config.json"
-    if not config_file.exists():
-        raise FileNotFoundError(f"{config_file} is missing; run python train_sft.py, or name an adapter.")
-    config = read_json(config_file, r=int, lora_alpha=float, target_modules=list | str)
-    # What would change the arithmetic is refused; PiSSA, OLoRA and the like have changed the base as well.
-    for field, allowed in (("peft_type", ("LORA",)), ("use_dora", (False,)), ("use_rslora", (False,)),
-                           ("bias", ("none",)), ("rank_pattern", ({},)), ("alpha_pattern", ({},)),
-                           ("modules_to_save", ()), ("alora_invocation_tokens", ()),
-                           ("init_lora_weights", (True, False, "gaussian", "orthogonal", "eva"))):
-        if config.get(field) not in (None, *allowed):
-            raise ValueError(f"{config_file}: {field} = {config[field]} is not supported; make the adapter "
-                             "plain LoRA with PEFT.")
-    ours = folder / "nanopillow.json"
+def load_adapter(model: Transformer, folder: str | Path, base_id: str, template: str) -> None:
+    """Adds the adapter in `folder` (ours or PEFT's) to the model, frozen. ValueError names what differs.
+
+    An adapter of ours that was trained on an int8 base gets one: it corrects that rounding and no other.
+    """
+    file, ours = Path(folder, "adapter_config.json"), Path(folder, "nanopillow.json")
+    if not file.exists():
+        raise FileNotFoundError(f"{file} is missing; run python train_sft.py, or name an adapter.")
+    config = read_json(file, r=int, lora_alpha=float, target_modules=list | str)
+    # What would change the arithmetic is refused. PiSSA, OLoRA and the like have changed the base as well.
+    check_supported(config, file, "make the adapter plain LoRA with PEFT", peft_type=("LORA",), use_dora=(),
+                    use_rslora=(), bias=("none",), rank_pattern=(), alpha_pattern=(), modules_to_save=(),
+                    alora_invocation_tokens=(), init_lora_weights=(True, "gaussian", "orthogonal", "eva"))
     if ours.exists():
         made = read_json(ours, base_id=str, int8=bool, template=str)
         for field, now in (("base_id", base_id), ("template", template)):
             if made[field] != now:
-                raise ValueError(f"{ours}: the adapter was trained with {field} {made[field]}, but this "
-                                 f"run has {now}; use the matching --base, or train again.")
-    targets = config["target_modules"]
-    if targets in ("all-linear", ["all-linear"]):
-        targets = ALL_LINEAR
-    elif isinstance(targets, str):
-        raise ValueError(f"{config_file}: target_modules = {targets} is a pattern; list the names instead.")
-    targets = sorted({str(t).split(".")[-1] for t in targets})  # PEFT writes full names for "all-linear"
-    trained, _ = load_tensors(folder / "adapter_model.safetensors")
-    add_lora(model, config["r"], config["lora_alpha"], targets)
-    wanted = adapter_tensors(model)
-    for name in sorted(wanted | trained):  # every tensor of either side, or PEFT's silence repeats
-        ours, theirs = (list(side[name].shape) if name in side else "absent" for side in (wanted, trained))
-        if ours != theirs or not trained[name].isfinite().all():
-            raise ValueError(f"{folder}: tensor '{name}' is {theirs}, in this model it is {ours} (of finite "
-                             "numbers); the adapter was trained on another model, train again.")
-        wanted[name].data.copy_(trained[name])
-    if not any(trained[name].any() for name in trained if ".lora_B." in name):
-        raise ValueError(f"{folder}: every B is zero, the adapter does nothing; it was never trained.")
+                raise ValueError(f"{ours}: the adapter was trained with {field} {made[field]}, but this run "
+                                 f"has {now}; use the --base that it was trained on, or train again.")
+        if made["int8"]:
+            quantize(model)
+    targets = ALL_LINEAR if config["target_modules"] == "all-linear" else config["target_modules"]
+    if isinstance(targets, str):
+        raise ValueError(f"{file}: target_modules = {targets} is a pattern; list the names instead.")
+    # PEFT writes full names for "all-linear"
+    add_lora(model, config["r"], config["lora_alpha"], sorted({str(t).split(".")[-1] for t in targets}))
+    tensors = adapter_tensors(model)
+    # every tensor of the file and of the model must find its match: PEFT only warns, and the adapter is inert
+    for name, tensor in read_tensors([Path(folder, "adapter_model.safetensors")], tensors,
+                                     "the adapter was trained on another model, train again"):
+        tensors[name].data.copy_(tensor)
+    if not any(layer.B.any() for layer in lora_layers(model).values()):
+        raise ValueError(f"{folder}: every B is zero, so the adapter does nothing; train it first.")
     model.requires_grad_(False)
+
+
+def load_tuned(base: str | Path, adapter: str, template: str, dtype: torch.dtype,
+               device: str) -> tuple[Transformer, str]:
+    """(base + adapter, merged and frozen, and an id of these weights). Adapter "none": the bare base."""
+    model, identity = load_base(base, dtype, device), fingerprint(base)
+    if adapter != "none":
+        load_adapter(model, adapter, identity, template)
+        merge(model)
+        files = [Path(adapter, f"adapter_{name}") for name in ("config.json", "model.safetensors")]
+        identity += file_hash(*files)
+    return model, identity

@@ -1,14 +1,15 @@
-"""All of PILLOW on one prompt (paper, figure 2): match prompts of the pool, show them, stream the answer.
+"""All of PILLOW on one query (paper, figure 2): match prompts of the pool, show them, stream the answer.
 
     your instruction --> matcher --> m prompts of the pool --+
             |                                                v
             +-----------------------------------> [prompts, instruction] --> base + LoRA --> answer
 
-Works at every stage: with nothing trained the base model answers alone; with out/sft the tuned model does;
-with out/rl the matcher picks from the pool it was trained on, or from any file given with --pool, since it
-embeds prompts and does not index them. Without --prompt it asks for instructions until an empty line.
+It works at every stage: with nothing trained the base model answers alone; with out/sft the tuned model does;
+with out/rl the matcher picks from the pool that it was trained on, or from any file given with --pool, since
+it embeds prompts and does not number them. Without --prompt it asks for instructions until an empty line.
 
     python sample.py --pool data/example_pool.jsonl --prompt "Write the order code." --input "7 red tables"
+    python sample.py --no_match --prompt "Write the order code." --input "7 red tables"
 """
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,10 +19,12 @@ import torch
 from torch import Tensor
 
 import matcher as matching
-import model as llama
-from data.instructions import NEXT_BLOCK, TEMPLATE, Record, answering_prompt, clean_answer
-from data.prepare import cli, ensure_base, opt
+from data.cli import cli, opt, pick_device
+from data.instructions import NEXT_BLOCK, TEMPLATE, Record, clean_answer, join_ids, query_text
+from data.prepare import ensure_base
 from data.tokenizer import Tokenizer
+from lora import load_tuned
+from model import generate
 
 
 @dataclass
@@ -30,43 +33,28 @@ class Settings:
     input: str = opt("", "the text that the instruction is about, if it needs one")
     base: str = opt("smollm2", "base model: smollm2, a Hugging Face folder, or owner/name on the hub")
     adapter: str = opt("out/sft", "folder of the LoRA adapter, or none for the bare base")
-    matcher: str = opt("out/rl", "folder of the trained matcher")
+    matcher: str = opt("out/rl", "folder of the trained matcher, or none for nearest neighbours")
     pool: str = opt("", ".json/.jsonl file of prompts to pick from; empty: those the matcher was trained on")
     m: int = opt(0, "prompts to match; 0: as many as the matcher was trained with")
     no_match: bool = opt(False, "answer without matched prompts, to see what they do")
-    num_samples: int = opt(1, "answers to give (with --temperature above 0 they differ)")
-    max_new_tokens: int = opt(128, "longest answer, in tokens")
-    temperature: float = opt(0.0, "0: always the likeliest token; 1: sample as the model predicts")
-    top_k: int = opt(0, "sample among the k likeliest tokens; 0: all")
-    top_p: float = opt(1.0, "sample among the fewest tokens with this much probability; 1: all")
-    seed: int = opt(1337, "seed of the sampling")
-    device: str = opt("auto", "auto (cuda if there is one, else cpu), cpu, cuda, mps")
-    dtype: str = opt("auto", "auto (bfloat16 where the machine has it), bfloat16, float32")
-
-
-@torch.no_grad()
-def match(matcher: matching.Matcher, query: Tensor, pool: Tensor, m: int) -> list[tuple[int, float]]:
-    """The policy's greedy picks for one query (1, 2 C), each with its probability at its step: among the
-    candidates not yet picked, so no chance of being right."""
-    picks, whole, _ = matcher.episodes(query, pool, m, greedy=True)  # (1, m), (1)
-    # log pi of the first 1, 2, .. m picks: what each adds is the log-probability of its step
-    # (m is 1 to 4, and an episode costs far less than a token: clearer than returning each step's)
-    sums = [matcher.episodes(query, pool, t, picks=picks[:, :t])[1] for t in range(1, m)]
-    steps = torch.cat([*sums, whole]).diff(prepend=torch.zeros(1)).exp()
-    return list(zip(picks[0].tolist(), steps.tolist(), strict=True))
+    max_new_tokens: int = opt(128, "longest answer, in tokens", 1)
+    temperature: float = opt(0.0, "0: always the likeliest token; 1: draw as the model predicts")
+    top_k: int = opt(0, "draw among the k likeliest tokens; 0: all")
+    top_p: float = opt(1.0, "draw among the fewest tokens with this much probability; 1: all", 1e-6)
+    device: str = opt("auto", "auto (cuda if there is one, else cpu), cpu, cuda or mps")
 
 
 def draw(logits: Tensor, s: Settings, generator: torch.Generator | None) -> Tensor:
     """Logits (B, V) -> ids (B), drawn from softmax(logits / temperature) of the tokens that are left in."""
     if s.temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / s.temperature
+    logits = logits.float() / max(s.temperature, 0.01)  # x / 1e-39 would be infinite
     if 0 < s.top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(s.top_k).values[:, -1:], -torch.inf)
     probs = logits.softmax(-1)  # (B, V)
-    if s.top_p < 1:  # the fewest tokens whose probabilities reach top_p; the most likely one always stays
+    if s.top_p < 1:  # the fewest tokens whose probabilities reach top_p; the likeliest one always stays
         ordered, index = probs.sort(descending=True)
-        ordered[ordered.cumsum(-1) - ordered >= s.top_p] = 0  # minus its own: the one that crosses stays
+        ordered[ordered.cumsum(-1) - ordered >= s.top_p] = 0  # minus its own: who crosses top_p stays
         probs = torch.zeros_like(probs).scatter(-1, index, ordered)
     return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
 
@@ -81,7 +69,7 @@ class Stream:
         self.ids.append(token)
         text = clean_answer(self.tokenizer, self.ids)  # the whole answer anew: a character may span tokens
         held = next((k for k in range(len(NEXT_BLOCK), 0, -1) if text.endswith(NEXT_BLOCK[:k])), 0)
-        # nor half a character, nor white space that the answer may end before
+        # nor half a character, nor white space that may turn out to be the end
         text = text[:len(text) - held].rstrip("\ufffd").rstrip()
         if text.startswith(self.shown):
             print(text[len(self.shown):], end="", flush=True)
@@ -92,55 +80,48 @@ class Stream:
 
 
 def main(s: Settings) -> None:
-    device, dtype = llama.pick_device(s.device, s.dtype)
-    if (min(s.temperature, s.top_k, s.m) < 0 or not 0 < s.top_p <= 1
-            or min(s.max_new_tokens, s.num_samples) < 1 or 0 < s.temperature < 0.01):  # x / 1e-39 is infinite
-        raise ValueError("--temperature (0, or 0.01 and more), --top_k and --m must be 0 or more, --top_p "
-                         "above 0 and up to 1, --max_new_tokens and --num_samples 1 or more.")
+    device, dtype = pick_device(s.device)
+    if s.top_p > 1:
+        raise ValueError(f"--top_p {s.top_p} must be at most 1.")
 
-    # ---- what has been trained so far --------------------------------------------------------------------
+    # what has been trained so far
     base = ensure_base(s.base)
     if s.adapter != "none" and not Path(s.adapter, "adapter_config.json").exists():
-        print(f"(no adapter in {s.adapter}: the base model answers alone; to tune it, python train_sft.py)")
+        print(f"(no adapter in {s.adapter}: the base model answers; to tune it, run python train_sft.py)")
         s.adapter = "none"
-    model, model_id = matching.load_tuned(base, s.adapter, TEMPLATE, dtype, device)
-    tokenizer = Tokenizer(base)
+    model, model_id = load_tuned(base, s.adapter, TEMPLATE, dtype, device)
+    tokenizer, generator = Tokenizer(base), torch.Generator(device).manual_seed(1337)
     matcher, pool, m = None, [], 1
     if not s.no_match and Path(s.matcher, "matcher.json").exists():
         matcher, pool, m = matching.load(s.matcher, model_id)  # with the pool it was trained on
         vectors = matcher.pool  # (P, 2 C)
     elif not s.no_match:
         print(f"(no matcher in {s.matcher}: " + ("the nearest prompts of the pool are taken" if s.pool else
-              "no prompts are matched") + "; to train one, python train_rl.py)")
-    if s.pool and not s.no_match:  # a pool of your own: any will do, since prompts are embedded, not indexed
+              "no prompts are matched") + "; to train one, run python train_rl.py)")
+    if s.pool and not s.no_match:
         pool = matching.read_pool(s.pool)
         vectors = matching.embed_records(model, tokenizer, pool)  # (P, 2 C)
         matcher = matcher or matching.Matcher(vectors, hidden=1)  # untrained: nearest neighbours
     m = min(s.m or m, len(pool))
-    if matcher:  # `episodes` takes m candidates at least: with this, `match`'s shorter ones take as many
-        matcher.candidates = max(m, matcher.candidates)
-    generator = torch.Generator(device).manual_seed(s.seed)
 
+    @torch.no_grad()
     def answer(query: Record) -> None:
-        exemplars = []
+        prompts = []
         if matcher:
             vector = matching.embed_records(model, tokenizer, [query])  # (1, 2 C)
-            for j, probability in match(matcher, vector, vectors, m):
-                p = pool[j]
-                print(f"matched ({probability:.0%}): {p['instruction']} | {p['input']} -> {p['output']}")
-                exemplars.append(p)
-        # The best match was picked first and stands first, farthest from the query. In a full context the
-        # farthest goes first: what is nearest to the query weighs most.
-        ids, kept = answering_prompt(tokenizer, query, exemplars,
-                                     model.config.max_position_embeddings - s.max_new_tokens)
-        if kept < len(exemplars):
-            print(f"(the first {len(exemplars) - kept} matched prompts are left out: the context is full)")
-        # One generator for all answers: they differ among themselves, and --seed repeats the whole run.
-        for _ in range(s.num_samples):
-            stream = Stream(tokenizer)
-            llama.generate(model, [ids], s.max_new_tokens, tokenizer.eos, tokenizer.encode(NEXT_BLOCK),
-                           choose=lambda logits: draw(logits, s, generator), on_token=stream)
-            stream.end()
+            picks, log_probs, _ = matcher.act(vector, vectors, m, greedy=True)  # (1, m), (1, m)
+            prompts = [pool[j] for j in picks[0].tolist()]
+            # the policy's probability at this step, not a confidence in the answer
+            for p, share in zip(prompts, log_probs[0].exp().tolist(), strict=True):
+                print(f"matched ({share:.0%}): {p['instruction']} | {p['input']} -> {p['output']}")
+        ids, kept = join_ids(tokenizer, prompts, tokenizer.encode(query_text(query)),
+                             model.config.max_position_embeddings - s.max_new_tokens)
+        if kept < len(prompts):
+            print(f"(the first {len(prompts) - kept} matched prompts are left out: the context is full)")
+        stream = Stream(tokenizer)
+        generate(model, [ids], s.max_new_tokens, tokenizer.ends, tokenizer.encode(NEXT_BLOCK),
+                 choose=lambda logits: draw(logits, s, generator), on_token=stream)
+        stream.end()
 
     if s.prompt.strip():
         answer({"task": "", "instruction": s.prompt, "input": s.input, "output": ""})

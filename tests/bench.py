@@ -41,18 +41,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # the peers read local folders, and must not
 import lora
 import matcher as matching
 import model as llama
-import sample
 import train_rl
 import train_sft
 from data import instructions as text
-from data.prepare import cli, ensure_base, ensure_data, opt
+from data.cli import cli, opt, pick_device
+from data.prepare import ensure_base, ensure_data, fingerprint
 from data.tokenizer import Tokenizer
 
 
 @dataclass
 class Settings:
     only: str = opt("", "rows to measure, comma-separated; empty: all of them")
-    repeats: int = opt(5, "turns of ours and the peer, after one that is not counted")
+    repeats: int = opt(5, "turns of ours and the peer, after one that is not counted", 1)
     base: str = opt("smollm2", "base model: smollm2, a Hugging Face folder, or owner/name on the hub")
     data: str = opt("bigbench", "data set that the records are drawn from")
     gguf: str = opt("", "the base as a Q8_0 GGUF file, for llama.cpp; empty: llama.cpp is skipped")
@@ -122,7 +122,7 @@ class Bench:
         self.s, self.scratch, self.table = s, scratch, []
         self.base, self.data = ensure_base(s.base), ensure_data(s.data)
         self.tokenizer = Tokenizer(self.base)
-        self.device, self.dtype = llama.pick_device(s.device, s.dtype)
+        self.device, self.dtype = pick_device(s.device, s.dtype)
         self.precision = str(self.dtype).removeprefix("torch.")
 
     def have(self, *packages: str) -> bool:
@@ -144,19 +144,17 @@ class Bench:
         for layer in lora.lora_layers(model).values():
             layer.B.data.fill_(1e-6)
         folder = self.scratch / "adapter"
-        lora.save_adapter(model, folder, str(self.base), llama.fingerprint(self.base), text.TEMPLATE)
+        lora.save_adapter(model, folder, str(self.base), fingerprint(self.base), text.TEMPLATE)
         return str(folder)
 
     def tuned(self) -> llama.Transformer:
         """The model as sample.py and train_rl.py load it."""
-        return matching.load_tuned(self.base, self.adapter, text.TEMPLATE, self.dtype, self.device)[0]
+        return lora.load_tuned(self.base, self.adapter, text.TEMPLATE, self.dtype, self.device)[0]
 
     def merged(self) -> Path:
         """The same weights as a folder for the peers."""
-        model = lora.quantize(llama.load(self.base, self.dtype))
-        lora.load_adapter(model, self.adapter, llama.fingerprint(self.base), text.TEMPLATE)
-        lora.merge(model)
-        lora.save_model(model, self.scratch / "merged", self.base)
+        model, _ = lora.load_tuned(self.base, self.adapter, text.TEMPLATE, self.dtype, "cpu")
+        llama.save(model, self.scratch / "merged", self.base)
         return self.scratch / "merged"
 
     def peer(self, folder: Path):
@@ -291,11 +289,8 @@ def memory(b: Bench) -> None:
 def decode(b: Bench) -> None:
     """One prompt's whole answer, its prefill included; nobody stops early."""
     prompt, n = b.tokenizer.encode(text.query_text(b.draw("val", 1)[0])), 64
-    ours = {"int8 base alone": lora.quantize(llama.load(b.base, b.dtype, b.device)),
-            "as in sample.py": b.tuned()}
-    lora.pack(ours["int8 base alone"])  # what of it is not int8
-    # no id is -1: the answers never end
-    ways = {name: lambda m=m: llama.generate(m, [prompt], n, eos=-1)[0] for name, m in ours.items()}
+    ours = b.tuned()
+    ways = {"ours": lambda: llama.generate(ours, [prompt], n, ends=())[0]}  # no id ends an answer
     peers = {}
     if b.have("transformers"):
         model, ids = b.peer(b.base), torch.tensor([prompt], device=b.device)
@@ -317,10 +312,9 @@ def decode(b: Bench) -> None:
         if len(work()) != n:
             raise RuntimeError(f"{name} did not answer with {n} tokens: not the same work")
     seconds = alternate(ways, b.s.repeats)
-    for name in ours:
-        for peer, (against, goal) in (peers or {"": ("", "")}).items():
-            b.add(f"decode, prompt of {len(prompt)} + {n} tokens, {name}", "tokens/s", n / seconds[name],
-                  against, n / seconds[peer] if peer else None, goal)
+    for peer, (against, goal) in (peers or {"": ("", "")}).items():
+        b.add(f"decode as in sample.py, prompt of {len(prompt)} + {n} tokens", "tokens/s",
+              n / seconds["ours"], against, n / seconds[peer] if peer else None, goal)
 
 
 def peer_answers(b: Bench, peer, prompts: list[list[int]], size: int) -> list[str]:
@@ -334,11 +328,17 @@ def peer_answers(b: Bench, peer, prompts: list[list[int]], size: int) -> list[st
         ids = torch.tensor([[0] * (width - len(prompts[i])) + prompts[i] for i in batch])
         mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
         out = peer.generate(ids.to(b.device), attention_mask=mask.to(b.device), do_sample=False,
-                            max_new_tokens=b.s.max_new_tokens, eos_token_id=b.tokenizer.eos,
+                            max_new_tokens=b.s.max_new_tokens, eos_token_id=list(b.tokenizer.ends),
                             pad_token_id=b.tokenizer.eos, stopping_criteria=[ends])
         for i, new in zip(batch, out[:, width:].tolist(), strict=True):
             answers[i] = text.clean_answer(b.tokenizer, new)
     return answers
+
+
+def environments(b: Bench, model: llama.Transformer, pool: list[text.Record], name: str) -> list:
+    """A new one for every turn, made before the clock starts: no turn finds what another left behind."""
+    return [train_rl.Environment(model, b.tokenizer, pool, b.s.max_new_tokens, "bench",
+                                 b.scratch / f"{name}{turn}.jsonl") for turn in range(b.s.repeats + 1)]
 
 
 def rollouts(b: Bench) -> None:
@@ -350,14 +350,12 @@ def rollouts(b: Bench) -> None:
     pool, queries = b.draw("pool", 50), b.draw("rl", 2 * s.queries)  # of two steps
     vectors, embedded = (matching.embed_records(model, b.tokenizer, part) for part in (pool, queries))
     with torch.no_grad():
-        picks = matching.Matcher(vectors, candidates=s.candidates).episodes(
+        picks, _, _ = matching.Matcher(vectors, candidates=s.candidates).act(
             embedded.repeat_interleave(s.samples, 0), vectors, s.m,
-            generator=torch.Generator().manual_seed(b.s.seed))[0]
+            generator=torch.Generator().manual_seed(b.s.seed))
     asked = [q for q in range(len(queries)) for _ in range(s.samples)]
     jobs = list(dict.fromkeys(zip(asked, map(tuple, picks.tolist()), strict=True)))  # each pair once
-    # A new environment for every turn, made before the clock starts: no turn finds what another left behind.
-    fresh = [train_rl.Environment(model, b.tokenizer, pool, s, "bench", b.scratch / f"rollouts{turn}.jsonl")
-             for turn in range(b.s.repeats + 1)]
+    fresh = environments(b, model, pool, "rollouts")
     answers: dict[str, list[str]] = {}
     def ours() -> None:
         entries = fresh.pop().scores([queries[q] for q, _ in jobs], [picks for _, picks in jobs])
@@ -365,7 +363,7 @@ def rollouts(b: Bench) -> None:
     ways, count, peers = {"ours": ours}, {"ours": len(jobs)}, {"": ("", "")}
     if b.have("transformers"):
         peer = b.peer(b.merged())
-        prompts = [text.exemplar_ids(b.tokenizer, [pool[j] for j in picks])
+        prompts = [text.prompt_ids(b.tokenizer, [pool[j] for j in picks])
                    + b.tokenizer.encode(text.query_text(queries[q])) for q, picks in jobs]
         tries = {f"batches of {n}": lambda n=n: answers.update(peer=peer_answers(b, peer, prompts, n))
                  for n in (16, 32)}
@@ -389,19 +387,18 @@ def rl(b: Bench) -> None:
     """Two whole steps of train_rl.py with its defaults: matching, rollouts, update."""
     model, s = b.tuned(), train_rl.Settings(max_new_tokens=b.s.max_new_tokens, steps=2, seed=b.s.seed)
     pool, queries = b.draw("pool"), b.draw("rl", s.steps * s.queries)
-    vectors = matching.embed_records(model, b.tokenizer, pool)
-    fresh = [train_rl.Environment(model, b.tokenizer, pool, s, "bench", b.scratch / f"rl{turn}.jsonl")
-             for turn in range(b.s.repeats + 1)]
+    vectors = {"pool": matching.embed_records(model, b.tokenizer, pool)}
+    fresh = environments(b, model, pool, "rl")
     used: list[train_rl.Environment] = []
 
     def run(env: train_rl.Environment) -> None:
-        policy = matching.Matcher(vectors, s.hidden, s.scale, s.candidates,
-                                  torch.Generator().manual_seed(b.s.seed))
-        def ask(rows: list[int], picks: torch.Tensor) -> torch.Tensor:
-            return env.rewards([queries[row] for row in rows for _ in range(s.samples)], picks.tolist())
+        policy = matching.Matcher(vectors["pool"], logit_scale=s.logit_scale, candidates=s.candidates,
+                                  generator=torch.Generator().manual_seed(b.s.seed))
+        def reward_fn(split: str, rows: list[int], picks: torch.Tensor) -> torch.Tensor:
+            return env.rewards([queries[row] for row in rows], picks.tolist())
         embedded = matching.embed_records(model, b.tokenizer, queries)
-        blocked = torch.zeros(len(queries), len(pool), dtype=torch.bool)
-        for _ in train_rl.reinforce(policy, embedded, vectors, blocked, ask, s):
+        both = vectors | {"rl": embedded, "val": embedded[:1]}  # one query of them stands in for validation
+        for _ in train_rl.reinforce(policy, both, reward_fn, s):
             pass
 
     def cold() -> None:
@@ -419,12 +416,13 @@ def matcher(b: Bench) -> None:
     model, s = b.tuned(), train_rl.Settings()
     pool, queries = b.draw("pool"), b.draw("val", 8)
     vectors, embedded = (matching.embed_records(model, b.tokenizer, part) for part in (pool, queries))
-    policy = matching.Matcher(vectors, s.hidden, s.scale, s.candidates)
+    policy = matching.Matcher(vectors, logit_scale=s.logit_scale, candidates=s.candidates)
     for m in (1, 2):
-        def pick(m=m) -> list:
-            return [sample.match(policy, query[None], vectors, m) for query in embedded]
-        prompts = [text.answering_prompt(b.tokenizer, q, [pool[j] for j, _ in picks], 8000)[0]
-                   for q, picks in zip(queries, pick(), strict=True)]
+        @torch.no_grad()
+        def pick(m=m) -> list[list[int]]:
+            return [policy.act(query[None], vectors, m, greedy=True)[0][0].tolist() for query in embedded]
+        prompts = [text.prompt_ids(b.tokenizer, [pool[j] for j in picks])
+                   + b.tokenizer.encode(text.query_text(q)) for q, picks in zip(queries, pick(), strict=True)]
         ways = {"policy": pick, "llm": lambda p=prompts: [llama.prefill(model, [ids]) for ids in p],
                 "embed": lambda: [matching.embed_records(model, b.tokenizer, [q]) for q in queries]}
         ms = {name: 1000 * t / len(queries) for name, t in alternate(ways, b.s.repeats).items()}
@@ -465,9 +463,9 @@ def growth(b: Bench) -> None:
     query, s = torch.randn(16, 2 * model.config.hidden_size, generator=generator), train_rl.Settings()
     for size in (10, 100, 1000, 10_000):
         pool = torch.randn(size, query.size(1), generator=generator)
-        policy = matching.Matcher(pool, s.hidden, s.scale, s.candidates)
+        policy = matching.Matcher(pool, logit_scale=s.logit_scale, candidates=s.candidates)
         work("matcher, prompts in the pool:", size, len(query),
-             lambda policy=policy, pool=pool: policy.episodes(query, pool, 2, greedy=True))
+             lambda policy=policy, pool=pool: policy.act(query, pool, 2, greedy=True))
     rates: dict[str, list] = {}
     for name, seconds in alternate(ways, b.s.repeats).items():
         panel, x, amount = points[name]
@@ -529,7 +527,7 @@ def child(b: Bench) -> dict[str, float]:
     model = b.peer(b.base) if how == "transformers" else llama.load(b.base, b.dtype, b.device)
     with torch.no_grad():
         out = model(torch.tensor([[0]], device=b.device))
-        (out.logits if how == "transformers" else model.head(out)).sum().item()
+        (out.logits if how == "transformers" else model.logits(out)).sum().item()
     return {"seconds": time.perf_counter() - start, "peak": peak_bytes(b.device) - before,
             "bytes": sum(p.numel() * p.element_size() for p in model.parameters())}
 
@@ -547,8 +545,8 @@ def machine(b: Bench) -> dict:
 
 def main(s: Settings) -> None:
     chosen = s.only.split(",") if s.only else list(ROWS)
-    if s.repeats < 1 or set(chosen) - set(ROWS):
-        raise ValueError(f"--repeats must be 1 or more, and --only some of {', '.join(ROWS)}.")
+    if set(chosen) - set(ROWS):
+        raise ValueError(f"--only {s.only}: choose among {', '.join(ROWS)}.")
     with TemporaryDirectory() as scratch:
         b = Bench(s, Path(scratch))
         if s.child:

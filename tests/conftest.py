@@ -56,6 +56,17 @@ pillows one should own to begin with, and he found that he had no answer.
 """
 
 
+def pad_rows(rows, left=True, width=0):
+    """Lists of ids -> ids (B, T), padded with id 0 at the left or the right, and what is real (B, T)."""
+    width = max(width, *map(len, rows), 0)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    real = torch.zeros(len(rows), width, dtype=torch.bool)
+    for row, own in enumerate(rows):
+        place = slice(width - len(own), width) if left else slice(len(own))
+        ids[row, place], real[row, place] = torch.tensor(own), True
+    return ids, real
+
+
 def pytest_report_header():
     return f"torch {torch.__version__}, transformers {transformers.__version__}"
 

@@ -1,12 +1,16 @@
-"""The experiments behind the README's figures: REINFORCE on a table of rewards, collapse, seeds, pictures.
+"""The experiments behind the README's figures: REINFORCE on a table of rewards, its collapse, curves of runs.
 
 assets/rewards.safetensors holds *all* rewards, m = 1, of 168 queries and 36 prompts (12 tasks of the default
-data, every tenth or so), their embeddings and record ids; no text. So the policy can be
-trained in seconds, without an LLM, many seeds over, and its regret against the exact optimum is known.
+data), their embeddings and record ids; no text. So the policy can be trained in seconds, without an LLM, many
+seeds over, and its regret against the exact optimum is known.
 
-    python tests/experiment.py                            # play: ten seeds; collapse and its cure
-    python tests/experiment.py --make --adapter out/sft   # compute the table anew: 6,048 answers, 7 minutes
-    python tests/experiment.py --runs out/rl,out/rl_1338  # a table and figures over runs of train_rl.py
+    python tests/experiment.py                            # play: REINFORCE, its collapse and the cure
+    python tests/experiment.py --seeds 10                 # the same with more seeds; half a minute each
+    python tests/experiment.py --make --adapter out/sft   # compute the table anew: 6,048 answers
+    python tests/experiment.py --logs out/sft,out/rl      # draw the curves of log.jsonl
+    python tests/experiment.py --compared out/compare     # draw compare.py's table; what has been learned?
+
+Letters: N queries, P prompts, B rows, m picks.
 """
 import hashlib
 import json
@@ -19,32 +23,32 @@ import torch
 from matplotlib import pyplot
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import lora
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this is tests/; the scripts lie above it
 import matcher as matching
-import model as llama
 import train_rl
+from data.cli import cli, opt, pick_device
+from data.files import open_tensors, read_json, save_tensors
 from data.instructions import TEMPLATE, Record, read_records
-from data.prepare import TASKS, cli, ensure_base, ensure_data, opt
+from data.prepare import TASKS, ensure_base, ensure_data
 from data.tokenizer import Tokenizer
-
-ROOT = Path(__file__).resolve().parent.parent
+from lora import load_tuned
 
 
 @dataclass
 class Settings:
-    table: str = opt(str(ROOT / "assets/rewards.safetensors"), "the table of rewards")
+    table: str = opt(str(Path(__file__).resolve().parent.parent / "assets/rewards.safetensors"),
+                     "the table of rewards")
     make: bool = opt(False, "compute the table with the LLM")
     adapter: str = opt("out/sft", "the LoRA adapter, for --make")
-    runs: str = opt("", "comma-separated folders of train_rl.py runs: averages their --eval_only tables")
-    sft: str = opt("", "with --runs: comma-separated folders of train_sft.py runs, for their losses")
-    seeds: int = opt(10, "seeds of the policy")
-    steps: int = opt(200, "updates of 16 queries, 8 episodes each")
-    lr: float = opt(3e-4, "Adam's learning rate, as in train_rl.py; the collapse has 1e-3")
-    figures: str = opt("out", "folder for the figures")
+    logs: str = opt("", "comma-separated folders of train_sft.py and train_rl.py: draw their logs")
+    compared: str = opt("", "folder of compare.py: draw its table")
+    seeds: int = opt(2, "seeds of the policy", 1)
+    steps: int = opt(200, "updates of 16 queries, 8 episodes each; the collapse has twice as many", 1)
+    lr: float = opt(3e-4, "Adam's learning rate, as in train_rl.py; the collapse has 1e-3", 1e-12)
+    out_dir: str = opt("out/experiment", "folder for the figures")
 
 
-# ---- the table --------------------------------------------------------------------------------------------
+# ---- the table -------------------------------------------------------------------------------------------
 
 def name_of(record: Record) -> str:
     text = json.dumps([record["instruction"], record["input"], record["output"]])
@@ -52,161 +56,141 @@ def name_of(record: Record) -> str:
 
 
 def make(s: Settings) -> None:
+    """Asks the LLM about every query with every prompt."""
     base, data = ensure_base("smollm2"), ensure_data("bigbench")
-    device, dtype = llama.pick_device("auto", "auto")
-    model, model_id = matching.load_tuned(base, s.adapter, TEMPLATE, dtype, device)
+    device, dtype = pick_device("auto")
+    model, model_id = load_tuned(base, s.adapter, TEMPLATE, dtype, device)
     tokenizer = Tokenizer(base)
     tasks = [*list(TASKS["seen"])[::14], *list(TASKS["new"])[::10]]
     def of_tasks(split: str, n: int) -> list[Record]:
         records = read_records(data / f"{split}.jsonl")
         return [r for task in tasks for r in [r for r in records if r["task"] == task][:n]]
     pool, queries = of_tasks("pool", 3), {k: of_tasks(k, n) for k, n in (("rl", 8), ("val", 2), ("test", 4))}
-    env = train_rl.Environment(model, tokenizer, pool, train_rl.Settings(), f"{model_id} {dtype}",
-                               Path(s.figures, "table.jsonl"))
-    tensors = {"pool": matching.embed_records(model, tokenizer, pool).half()}
+    env = train_rl.Environment(model, tokenizer, pool, train_rl.Settings().max_new_tokens,
+                               f"{model_id} {dtype}", Path(s.out_dir, "rewards.jsonl"))
+    tensors = {"pool": matching.embed_records(model, tokenizer, pool).half()}  # (P, 2 C)
     names = {"pool": [name_of(r) for r in pool]}
     for split, asked in queries.items():
         print(f"{split}: {len(asked)} queries x {len(pool)} prompts", flush=True)
         each = [[j] for j in range(len(pool))]
-        rewards = env.rewards([q for q in asked for _ in pool], each * len(asked))
+        rewards = env.rewards([q for q in asked for _ in pool], each * len(asked))  # (N P)
         tensors[f"reward.{split}"] = rewards.view(len(asked), len(pool)).half()
-        tensors[split] = matching.embed_records(model, tokenizer, asked).half()
+        tensors[split] = matching.embed_records(model, tokenizer, asked).half()  # (N, 2 C)
         names[split] = [name_of(r) for r in asked]
-    lora.save_tensors(tensors, Path(s.table), {"names": json.dumps(names), "model": model_id})
+    save_tensors(tensors, Path(s.table), {"names": json.dumps(names), "model": model_id})
 
 
 def table_of(s: Settings) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
-    tensors, meta = lora.load_tensors(Path(s.table))
-    return {name: tensor.float() for name, tensor in tensors.items()}, json.loads(meta["names"])
+    """({"pool" and split: embeddings, "reward.split": rewards (N, P)}, {"pool" and split: record ids})."""
+    with open_tensors(Path(s.table)) as file:
+        return ({name: file.get_tensor(name).float() for name in file.keys()},
+                json.loads(file.metadata()["names"]))
 
 
-# ---- REINFORCE on the table -------------------------------------------------------------------------------
+# ---- REINFORCE on the table ------------------------------------------------------------------------------
 
 class WithReplacement(matching.Matcher):
     """PromptPG's policy, whose scores do not see earlier picks, and its slip: pairs are drawn without
-    replacement, their log-probability is summed as if with it."""
+    replacement, but their log-probability is summed as if with it."""
 
-    def episodes(self, query, pool, m, blocked=None, **how):
-        taken = torch.zeros(len(query), len(pool), dtype=torch.bool) if blocked is None else blocked
-        drawn, log_prob = [], 0.0
-        for _ in range(m):
-            pick, _, _ = super().episodes(query, pool, 1, blocked=taken, **how)
-            _, one, entropy = super().episodes(query, pool, 1, picks=pick, blocked=blocked)
-            taken, log_prob = taken.scatter(1, pick, True), log_prob + one
-            drawn.append(pick)
-        return torch.cat(drawn, dim=1), log_prob, entropy
+    def __init__(self, *args):
+        super().__init__(*args)
+        def blind(_, x: Tensor) -> Tensor:  # (B, 4 C): the query and the mean of the picks, which is hidden
+            return torch.cat((x[0][:, :self.state_mlp.width], 0 * x[0][:, self.state_mlp.width:]), dim=1)
+        self.state_mlp.register_forward_pre_hook(blind)
+
+    def act(self, query, pool, m, picks=None, greedy=False, generator=None):
+        with torch.no_grad():
+            picks, _, _ = super().act(query, pool, m, picks, greedy, generator)
+        alone = [matching.Matcher.act(self, query, pool, 1, pick) for pick in picks.split(1, dim=1)]
+        return picks, torch.cat([log_prob for _, log_prob, _ in alone], dim=1), alone[0][2]
 
 
 def run(t: dict[str, Tensor], s: train_rl.Settings, kind: type = matching.Matcher,
-        advantage: Callable = train_rl.leave_one_out) -> tuple[matching.Matcher, list[dict]]:
-    """One training on the table. A pair's reward is the mean of its two single rewards: an assumption, since
-    only single prompts were asked about."""
-    matcher = kind(t["pool"], s.hidden, s.scale, s.candidates, torch.Generator().manual_seed(s.seed))
-    rewards, log = t["reward.rl"], []
-    order = torch.randperm(len(rewards), generator=torch.Generator().manual_seed(s.seed))  # tasks are mixed
-    def ask(rows: list[int], picks: Tensor) -> Tensor:
-        return rewards[order[rows]].repeat_interleave(s.samples, 0).gather(1, picks).mean(1)
-    blocked = torch.zeros(len(rewards), len(t["pool"]), dtype=torch.bool)
-    for line in train_rl.reinforce(matcher, t["rl"][order], t["pool"], blocked, ask, s, advantage):
-        log.append(line | greedy(matcher, t, "val", s.m))
-    return matcher, log
+        advantage_fn: Callable = train_rl.leave_one_out) -> tuple[matching.Matcher, list[dict]]:
+    """One training on the table: (matcher, log). A pair's reward is the mean of its two single rewards: an
+    assumption, since only single prompts were asked about."""
+    matcher = kind(t["pool"], 128, s.logit_scale, s.candidates, torch.Generator().manual_seed(s.seed))
+    order = torch.randperm(len(t["rl"]), generator=torch.Generator().manual_seed(s.seed))  # mixes the tasks
+    vectors = {"pool": t["pool"], "val": t["val"], "rl": t["rl"][order]}
+    rewards = {"val": t["reward.val"], "rl": t["reward.rl"][order]}
+    def reward_fn(split: str, rows: list[int], picks: Tensor) -> Tensor:
+        return rewards[split][rows].gather(1, picks).mean(1)
+    return matcher, [line | greedy(matcher, t, "val", s.m)
+                     for line in train_rl.reinforce(matcher, vectors, reward_fn, s, advantage_fn)]
 
 
 @torch.no_grad()
 def greedy(matcher: matching.Matcher, t: dict[str, Tensor], split: str, m: int) -> dict[str, float]:
-    picks = matcher.episodes(t[split], t["pool"], m, greedy=True)[0]  # (N, m)
+    picks = matcher.act(t[split], t["pool"], m, greedy=True)[0]  # (N, m)
     sets = [tuple(sorted(p)) for p in picks.tolist()]
     return {split: t[f"reward.{split}"].gather(1, picks).mean().item(),
-            f"{split} top share": max(map(sets.count, sets)) / len(sets), f"{split} sets": len(set(sets))}
+            f"{split} top share": max(map(sets.count, sets)) / len(sets)}
 
 
 def play(s: Settings) -> None:
     t, _ = table_of(s)
     settings = train_rl.Settings(m=1, steps=s.steps, lr=s.lr)
-    test, trained = t["reward.test"], t["reward.rl"]
+    test, trained = t["reward.test"], t["reward.rl"]  # (N, P)
     nearest = greedy(matching.Matcher(t["pool"], 1), t, "test", 1)["test"]
     best = test.amax(1).mean().item()
     fixed = test[:, trained.mean(0).argmax()].mean().item()
     print(f"{len(test)} test queries, {test.size(1)} prompts, rewards in points: "
-          f"random {test.mean() * 100:.1f}, best fixed {fixed * 100:.1f}, nearest (kNN) "
-          f"{nearest * 100:.1f}, optimum {best * 100:.1f}")
+          f"random {test.mean() * 100:.1f}, best fixed {fixed * 100:.1f}, nearest {nearest * 100:.1f}, "
+          f"optimum {best * 100:.1f}")
     learned = []
     for seed in range(s.seeds):
         matcher, log = run(t, replace(settings, seed=seed))
         learned.append(greedy(matcher, t, "test", 1)["test"] * 100)
         print(f"seed {seed}: learned {learned[-1]:.1f}, regret {best * 100 - learned[-1]:.1f} "
-              f"(kNN's {(best - nearest) * 100:.1f}), entropy {log[-1]['entropy']:.2f}", flush=True)
+              f"(nearest: {(best - nearest) * 100:.1f}), entropy {log[-1]['entropy']:.2f}", flush=True)
     learned = torch.tensor(learned)
     print(f"learned {learned.mean():.1f} +- {learned.std(unbiased=False):.1f} over {s.seeds} seeds\n")
 
 
-def collapse(s: Settings, seeds: int = 5) -> dict[str, list[list[dict]]]:
+def collapse(s: Settings) -> dict[str, list[list[dict]]]:
     """The same loop with and without what keeps it from collapsing: m = 2, all 36 prompts, PromptPG's
-    learning rate 1e-3. Chance decides much, hence several seeds."""
+    learning rate 1e-3. Chance decides much, hence several seeds. Returns {way: the seeds' logs}."""
     t, _ = table_of(s)
-    ours = train_rl.Settings(m=2, steps=2 * s.steps, lr=1e-3, scale=20.0, candidates=1 << 20)
+    ours = train_rl.Settings(m=2, steps=2 * s.steps, lr=1e-3, logit_scale=20.0, candidates=1 << 20)
     bare = replace(ours, entropy=0.0)
     def raw(rewards: Tensor) -> Tensor:
         return rewards
-    ways = {"ours": lambda seed: run(t, replace(ours, seed=seed)),
-            "no baseline, no entropy bonus": lambda seed: run(t, replace(bare, seed=seed), advantage=raw),
-            "PromptPG: that, and its log-probability": lambda seed: run(
-                t, replace(bare, seed=seed), WithReplacement, raw)}
-    logs = {name: [way(seed)[1] for seed in range(seeds)] for name, way in ways.items()}
-    for name, of_seeds in logs.items():
-        print(f"{name}, {seeds} seeds: greedy on val {of_seeds[0][0]['val'] * 100:.1f} at step 1, at the end",
-              [round(log[-1]["val"] * 100, 1) for log in of_seeds], "entropy",
-              [round(log[-1]["entropy"], 2) for log in of_seeds], "share of the top pair, at most",
-              [round(max(line["val top share"] for line in log), 2) for log in of_seeds], flush=True)
+    ways = {"ours": (ours,), "no baseline, no entropy bonus": (bare, matching.Matcher, raw),
+            "PromptPG: that, and its log-probability": (bare, WithReplacement, raw)}
+    logs = {}
+    for name, (settings, *how) in ways.items():
+        logs[name] = [run(t, replace(settings, seed=seed), *how)[1] for seed in range(s.seeds)]
+        print(f"{name}, {s.seeds} seeds: greedy on val {logs[name][0][0]['val'] * 100:.1f} at step 0, at the "
+              f"end", [round(log[-1]["val"] * 100, 1) for log in logs[name]], "entropy",
+              [round(log[-1]["entropy"], 2) for log in logs[name]], "share of the top pair, at most",
+              [round(max(line["val top share"] for line in log), 2) for log in logs[name]], flush=True)
     return logs
 
 
-# ---- over runs of train_rl.py -----------------------------------------------------------------------------
+# ---- what was learned ------------------------------------------------------------------------------------
 
-def over_runs(folders: list[str]) -> dict[str, dict]:
-    """Mean of each row over runs (seeds), and 95% intervals of the mean differences, by a bootstrap over
-    queries. All runs must be on the whole test split (--test_queries 0)."""
-    tables = [json.loads(Path(folder, "table.json").read_text("utf-8")) for folder in folders]
-    if any(t["settings"]["test_queries"] for t in tables):
-        raise ValueError(f"{folders}: not all on the whole test split: --eval_only --test_queries 0.")
-    seen, rows = torch.tensor(tables[0]["seen"]), {}
-    for name, columns in tables[0]["rows"].items():
-        if any(name not in t["rows"] for t in tables):  # full fine-tuning, say, was run beside one seed
-            continue
-        rows[name] = {c: f"{sum(t['rows'][name][c] for t in tables) / len(tables):.1f}" for c in columns}
-        for other in ("no prompt", "nearest (kNN)") if name in tables[0]["rouge of each query"] else ():
-            gap = torch.stack([torch.tensor(t["rouge of each query"][name])  # (runs, N) -> (N)
-                               - torch.tensor(t["rouge of each query"][other]) for t in tables]).mean(0)
-            for part, of in (("seen", seen), ("new", ~seen)):
-                rows[name][f"{part} minus {other}"] = train_rl.interval(gap[of])
-    for name, row in rows.items():
-        print(f"| {name} | {' | '.join(map(train_rl.cell, row.values()))} |")
-    print(f"columns: {', '.join(rows['learned'])}")
-    return rows
-
-
-def what_is_learned(folder: str) -> Tensor:
+def what_is_learned(folder: str) -> tuple[Tensor, dict]:
     """Does the pick depend on the query? Mutual information of task asked and task picked; examples where the
-    learned pick beats the nearest prompt most, and loses most. Returns the counts (asked, picked)."""
-    table = json.loads(Path(folder, "table.json").read_text("utf-8"))
-    pool = json.loads(Path(folder, "matcher.json").read_text("utf-8"))["pool"]
-    test, tasks = read_records(ensure_data("bigbench") / "test.jsonl"), list(TASKS["seen"] | TASKS["new"])
+    learned pick beats the nearest prompt most, and loses most. Returns the counts (tasks, tasks) of query and
+    prompt, and compare.py's table."""
+    table = read_json(Path(folder, "table.json"), queries=list, pool=list, picks=dict, gaps=dict)
+    test, pool, scores = table["queries"], table["pool"], table["rouge of each query"]
+    tasks = sorted({r["task"] for r in test + pool}, key=lambda task: (task in TASKS["new"], task))
     counts = torch.zeros(len(tasks), len(tasks))
-    learned, nearest = (table["picks"][name] for name in ("learned", "nearest (kNN)"))
+    learned, nearest = (table["picks"][name] for name in ("learned", "nearest"))  # (N, m)
     for query, picks in zip(test, learned, strict=True):
         for j in picks:
             counts[tasks.index(query["task"]), tasks.index(pool[j]["task"])] += 1
     p = counts / counts.sum()
-    of_asked, of_picked = p.sum(1, keepdim=True), p.sum(0, keepdim=True)
-    there = p > 0
-    bits = (p[there] * (p / (of_asked * of_picked))[there].log2()).sum().item()
-    entropy = -(of_asked * of_asked.log2()).sum().item()
+    independent = p.sum(1, keepdim=True) * p.sum(0, keepdim=True)
+    bits = (p * (p / independent).log2())[p > 0].sum().item()
+    entropy = -torch.special.xlogy(p.sum(1), p.sum(1)).sum().item() / torch.log(torch.tensor(2.0)).item()
     changed = sum(a != b for a, b in zip(learned, nearest, strict=True))
-    print(f"\n{folder}: another prompt than the nearest for {changed} of {len(test)} queries; "
+    print(f"{folder}: another prompt than the nearest for {changed} of {len(test)} queries; "
           f"{len(set(map(tuple, learned)))} different picks; the pick tells {bits:.2f} of the {entropy:.2f} "
           "bits of the query's task")
-    scores = table["rouge of each query"]
-    gaps = [a - b for a, b in zip(scores["learned"], scores["nearest (kNN)"], strict=True)]
+    gaps = [a - b for a, b in zip(scores["learned"], scores["nearest"], strict=True)]
     def shown(record: Record) -> str:
         return f"{record['task']}: {record['instruction']} | {record['input']} -> {record['output']}"
     order = sorted(range(len(test)), key=lambda i: gaps[i])
@@ -215,17 +199,18 @@ def what_is_learned(folder: str) -> Tensor:
         for i in rows:
             print(f"{what} by {abs(gaps[i]) * 100:.0f} points: {shown(test[i])}\n"
                   f"  learned {shown(pool[learned[i][0]])}\n  nearest {shown(pool[nearest[i][0]])}")
-    return counts
+    return counts, table
 
 
-# ---- figures ----------------------------------------------------------------------------------------------
+# ---- figures ---------------------------------------------------------------------------------------------
 
 def panels(n: int, height: float = 3.2):
-    return pyplot.subplots(1, n, figsize=(5.5 * n, height), layout="constrained", squeeze=False)
+    figure, axes = pyplot.subplots(1, n, figsize=(5.5 * n, height), layout="constrained", squeeze=False)
+    return figure, axes[0]
 
 
-def finish(figure, axes, file: Path) -> None:
-    for axis in axes.flat:
+def finish(figure, file: Path) -> None:
+    for axis in figure.axes:
         axis.grid(alpha=0.3)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120, facecolor="white")  # white in a dark page too: black text needs it
@@ -238,75 +223,75 @@ def draw_collapse(logs: dict[str, list[list[dict]]], file: Path) -> None:
     figure, axes = panels(3)
     shown = {"entropy": "entropy, 1 is uniform", "val": "greedy reward on val",
              "val top share": "share of the most frequent pair, greedy, val"}
-    for axis, (key, title) in zip(axes.flat, shown.items(), strict=True):
+    for axis, (key, title) in zip(axes, shown.items(), strict=True):
         for color, (name, of_seeds) in enumerate(logs.items()):
-            lines = torch.tensor([[line[key] for line in log] for log in of_seeds])
+            lines = torch.tensor([[line[key] for line in log[1:]] for log in of_seeds])  # (seeds, steps)
             axis.plot(lines.T, color=f"C{color}", alpha=0.2, linewidth=0.7)
             axis.plot(lines.mean(0), color=f"C{color}", label=name)
         axis.set(title=title, xlabel="step")
-    axes[0, 2].legend(fontsize=7)
-    finish(figure, axes, file)
+    axes[2].legend(fontsize=7)
+    finish(figure, file)
 
 
-def log_of(folder: str) -> list[dict]:
-    return [json.loads(line) for line in Path(folder, "log.jsonl").read_text("utf-8").splitlines()]
+def draw_logs(folders: list[str], out: Path) -> None:
+    """The curves of runs: sft.png of those of train_sft.py, rl.png of those of train_rl.py."""
+    logs = {folder: [json.loads(line) for line in Path(folder, "log.jsonl").read_text("utf-8").splitlines()]
+            for folder in folders}
+    curves = {
+        "sft": {"loss of the answers, nats a token: line in training, dots on val": ("loss", "val_loss"),
+                "norm of the gradient": ("grad_norm",)},
+        "rl": {"reward: line in training, dots on val with greedy picks": ("reward", "val_reward"),
+               "entropy, 1 is uniform": ("entropy",)}}
+    for name, titles in curves.items():
+        mark = next(iter(titles.values()))[0]  # what only such a log has
+        chosen = {folder: log for folder, log in logs.items() if any(mark in line for line in log)}
+        if not chosen:
+            continue
+        figure, axes = panels(len(titles))
+        for axis, (title, keys) in zip(axes, titles.items(), strict=True):
+            for color, (folder, log) in enumerate(chosen.items()):
+                for key in keys:
+                    style = {"marker": "o", "label": Path(folder).name} if key == keys[-1] else {"alpha": 0.3}
+                    style |= {"marker": "", "alpha": 0.6} if len(keys) == 1 else {}
+                    points = [(line["step"], line[key]) for line in log if key in line]
+                    axis.plot(*zip(*points, strict=True), color=f"C{color}", **style)
+            axis.set(title=title, xlabel="step")
+            axis.legend(fontsize=7)
+        finish(figure, out / f"{name}.png")
 
 
-def draw_runs(s: Settings) -> None:
-    """The learning curves of all runs; of the first one the comparison and what is matched."""
-    folder, runs = Path(s.figures), s.runs.split(",")
-    figure, axes = panels(1)
-    for run in runs:
-        log = [line for line in log_of(run) if "val_reward" in line]
-        [line] = axes[0, 0].plot([x["step"] for x in log], [x["val_reward"] * 100 for x in log], "o-",
-                                 label=Path(run).name)
-        axes[0, 0].axhline(log[0]["val_reward_knn"] * 100, color=line.get_color(), linestyle="--")
-    axes[0, 0].set(title="validation reward, greedy picks (dashed: kNN)", xlabel="step", ylabel="points")
-    axes[0, 0].legend()
-    finish(figure, axes, folder / "rl.png")
-
-    gaps = json.loads(Path(runs[0], "table.json").read_text("utf-8"))["gaps"]
-    figure, axes = panels(2, 3.6)
-    for axis, part in zip(axes.flat, ("seen", "new"), strict=True):
-        named = [(name, row) for name, row in gaps.items() if f"{part} minus no prompt" in row]
-        for y, (_, row) in enumerate(reversed(named)):
-            mean, low, high = row[f"{part} minus no prompt"]
+def draw_compared(folder: str, out: Path) -> None:
+    """compare.py's intervals (comparison.png), and which tasks' prompts the queries get (matched.png)."""
+    counts, table = what_is_learned(folder)
+    figure, axes = panels(len(table["groups"]), 3.6)
+    for axis, group in zip(axes, table["groups"], strict=True):
+        gaps = {name: row[f"{group} minus no prompt"] for name, row in reversed(table["gaps"].items())}
+        for y, (mean, low, high) in enumerate(gaps.values()):
             axis.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color="C0", capsize=3)
-        axis.set(title=f"{part} tasks", xlabel="ROUGE-L minus LoRA without prompts, 95% interval",
-                 yticks=range(len(named)))
-        axis.set_yticklabels([name for name, _ in reversed(named)])
+        axis.set(title=group, xlabel="ROUGE-L minus LoRA without prompts, 95% interval",
+                 yticks=range(len(gaps)))
+        axis.set_yticklabels(gaps)
         axis.axvline(0, color="grey")
-    finish(figure, axes, folder / "comparison.png")
+    finish(figure, out / "comparison.png")
 
-    counts = what_is_learned(runs[0])
-    figure, axes = pyplot.subplots(figsize=(7, 6), layout="constrained", squeeze=False)
-    axes[0, 0].imshow(counts / counts.sum(1, keepdim=True), cmap="viridis", interpolation="nearest")
-    axes[0, 0].set(title="share of a task's test queries that get a prompt of a task",
-                   xlabel="task of the prompt", ylabel="task of the query", xticks=[], yticks=[])
-    finish(figure, axes, folder / "matched.png")
-
-    if s.sft:
-        figure, axes = panels(1)
-        for color, run in enumerate(s.sft.split(",")):
-            dots = {"marker": "o", "label": Path(run).name}
-            for key, style in (("loss", {"alpha": 0.25}), ("val_loss", dots)):
-                line = [(x["step"], x[key]) for x in log_of(run) if key in x]
-                axes[0, 0].plot(*zip(*line, strict=True), color=f"C{color}", **style)
-        axes[0, 0].set(title="loss of the answers: thin in training, dots on val", xlabel="step",
-                       ylabel="nats a token", ylim=(0, 3))
-        axes[0, 0].legend(fontsize=7)
-        finish(figure, axes, folder / "sft.png")
+    figure, axis = pyplot.subplots(figsize=(7, 6), layout="constrained")
+    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)  # (tasks, tasks)
+    axis.imshow(shares.numpy(), cmap="viridis", interpolation="nearest")
+    axis.set(title="share of a task's test queries that get a prompt of a task",
+             xlabel="task of the prompt", ylabel="task of the query", xticks=[], yticks=[])
+    finish(figure, out / "matched.png")
 
 
 def main(s: Settings) -> None:
     if s.make:
         make(s)
-    elif s.runs:
-        over_runs(s.runs.split(","))
-        draw_runs(s)
+    elif s.logs:
+        draw_logs(s.logs.split(","), Path(s.out_dir))
+    elif s.compared:
+        draw_compared(s.compared, Path(s.out_dir))
     else:
         play(s)
-        draw_collapse(collapse(s), Path(s.figures, "collapse.png"))
+        draw_collapse(collapse(s), Path(s.out_dir, "collapse.png"))
 
 
 if __name__ == "__main__":

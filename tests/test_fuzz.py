@@ -137,15 +137,27 @@ def fuzz(count: int, one) -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Folders of tiny.trained, and the bytes of each file."""
+    """The folders of tiny.trained."""
     home = tmp_path_factory.mktemp("fuzz")
     tiny.trained(home)
     return home
 
 
+def damage(folder: Path, *names: str):
+    """broken(rng): the folder as it is now, but one of these files mutated."""
+    files = {name: (folder / name).read_bytes() for name in names}
+    def broken(rng: random.Random) -> None:
+        for name, raw in files.items():
+            (folder / name).write_bytes(raw)
+        name = rng.choice(names)
+        mutate = bytes_mutated if name.endswith(".safetensors") else either
+        (folder / name).write_bytes(mutate(files[name], rng))
+    return broken
+
+
 def test_records(tmp_path):
     file = tmp_path / "own.jsonl"
-    records = [dict(r) for r in tiny.records(6)]
+    records = tiny.records(6)
     def one(rng):
         if rng.random() < 0.3:
             file.write_bytes(either(json.dumps(records).encode(), rng))
@@ -177,52 +189,50 @@ def test_safetensors(made, tmp_path):
 def test_model_folder(made, tmp_path):
     """config.json and the index of shards."""
     folder = Path(shutil.copytree(made / "base", tmp_path / "m"))
-    (folder / "a.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    (folder / "model.safetensors").rename(folder / "a.safetensors")  # beside it the index would not count
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": {"a": "a.safetensors"}}))
     rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 64}
     config = json.loads((folder / "config.json").read_text()) | {"rope_scaling": rope}
     (folder / "config.json").write_text(json.dumps(config))
-    files = {name: (folder / name).read_bytes() for name in ("config.json", index.name)}
+    broken = damage(folder, "config.json", index.name)
     def one(rng):
-        for name, raw in files.items():
-            (folder / name).write_bytes(raw)
-        name = rng.choice(list(files))
-        (folder / name).write_bytes(either(files[name], rng))
+        broken(rng)
         model = llama.load(folder)
         assert model(torch.tensor([[1, 2, 3]])).shape == (1, 3, 48)
     fuzz(1000, one)
 
 
 def test_tokenizer(made, tmp_path):
+    """tokenizer.json, and generation_config.json, which names the ends of an answer."""
     folder = Path(shutil.copytree(made / "base", tmp_path / "m"))
     spec = json.loads((folder / "tokenizer.json").read_text())
     split = {"type": "Split", "pattern": {"Regex": r"\w+|\W"}, "behavior": "Isolated", "invert": False}
     spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [
         split, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}
     # a small spec, so that a mutation seldom lands in the vocabulary alone
-    raw = json.dumps(spec | {"post_processor": {"type": "TemplateProcessing", "single": [
-        {"SpecialToken": {"id": "<eos>"}}, {"Sequence": {"id": "A"}}]}}).encode()
+    spec["post_processor"] = {"type": "TemplateProcessing", "single": [
+        {"SpecialToken": {"id": "<eos>"}}, {"Sequence": {"id": "A"}}]}
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [0, 7]}')
+    broken = damage(folder, *["tokenizer.json"] * 4, "generation_config.json")
     def one(rng):
-        (folder / "tokenizer.json").write_bytes(either(raw, rng))
+        broken(rng)
         tokenizer = Tokenizer(folder)
         ids = tokenizer.encode("In the storm, 12 times: " + "a" * 40 + " <eos>")
-        assert all(0 <= i < 270 for i in [*ids, *tokenizer.bos, tokenizer.eos])
+        assert all(0 <= i < 270 for i in [*ids, *tokenizer.bos, *tokenizer.ends])
+        assert tokenizer.eos in tokenizer.ends
         tokenizer.decode(ids)
     fuzz(1000, one)
 
 
 def test_adapter(made, tmp_path):
     folder = Path(shutil.copytree(made / "sft", tmp_path / "a"))
-    files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    base_id, plain = llama.fingerprint(made / "base"), llama.load(made / "base")
+    broken = damage(folder, *(path.name for path in folder.iterdir()))
+    base_id, plain = prepare.fingerprint(made / "base"), llama.load(made / "base")
     def one(rng):
-        for name, raw in files.items():
-            (folder / name).write_bytes(raw)
-        name = rng.choice(list(files))
-        (folder / name).write_bytes(
-            bytes_mutated(files[name], rng) if name.endswith("tensors") else either(files[name], rng))
+        broken(rng)
         lora.load_adapter(copy.deepcopy(plain), folder, base_id, TEMPLATE)
     fuzz(1000, one)
 

@@ -12,19 +12,21 @@ from data.instructions import (
     check_record,
     clean_answer,
     collate,
-    exemplar_ids,
+    join_ids,
     length_sorted_batches,
+    prompt_ids,
     query_text,
+    read_fitting,
     read_records,
     training_example,
 )
 
-EOS, BOS = 256, 257
+EOS, BOS, END = 256, 257, 258
 
 
 class Bytes:
     """A tokenizer whose ids are the bytes of the text: every id below can be read by eye."""
-    eos, bos = EOS, [BOS]
+    eos, bos, ends = EOS, [BOS], {EOS, END}
 
     def encode(self, text):
         return list(text.encode())
@@ -35,6 +37,10 @@ class Bytes:
 
 def record(instruction, output, input=""):
     return {"task": "", "instruction": instruction, "input": input, "output": output}
+
+
+def example(tokenizer, of, prompts=(), limit=999):
+    return training_example(tokenizer, of, list(prompts), limit)
 
 
 PLUM = record("Name the colour.", "purple", "a plum")
@@ -61,23 +67,22 @@ a plum
 
 
 def test_golden_sample():
-    """Trap 2: the mask by hand. Only "purple" and the EOS after it carry loss, not the exemplar's answer."""
-    ids, n = training_example(Bytes(), PLUM, [RHYME], 10_000)
-    assert ids == [BOS] + list(GOLDEN.encode()) + list(b"purple") + [EOS]
-    assert n == 7 and ids[-n:] == list(b"purple") + [EOS]
+    """Trap 2: the mask by hand. Only "purple" and the EOS after it carry loss, not the prompt's answer."""
+    ids, n = example(Bytes(), PLUM, [RHYME])
+    assert ids == [BOS, *GOLDEN.encode(), *b"purple", EOS]
+    assert n == 7 and ids[-n:] == [*b"purple", EOS]
 
     inputs, targets = collate([(ids, n)])
-    # columns: BOS and all but the last byte of the prompt; then those that say p u r p l e EOS; then EOS
-    mask = [0] * len(GOLDEN) + [1] * 7 + [0]
-    assert (targets[0] != -1).int().tolist() == mask
-    assert targets[0, len(GOLDEN):].tolist() == list(b"purple") + [EOS, -1]
+    # columns: BOS and all but the last byte of the query; then those that say p u r p l e EOS; then EOS
+    assert (targets[0] != -1).int().tolist() == [0] * len(GOLDEN) + [1] * 7 + [0]
+    assert targets[0, len(GOLDEN):].tolist() == [*b"purple", EOS, -1]
     assert inputs[0].tolist() == ids
 
 
 def test_golden_sample_of_the_base_model(base_tokenizer):
     """The ids of SmolLM2, which the `tokenizers` package gave for each segment, written out: a change of the
     template or of the tokenizer cannot pass unseen (trap 2, trap 8)."""
-    ids, n = training_example(base_tokenizer, record("Add.", "10", "3 7"), [], 100)
+    ids, n = example(base_tokenizer, record("Add.", "10", "3 7"))
     assert ids[:8] == [3757, 20880, 42, 198, 7684, 30, 198, 198]  # "###" " Instruction" ":" "\n" "Add" "."
     assert ids[8:17] == [3757, 18100, 42, 198, 35, 216, 39, 198, 198]  # "###" " Input" ":" "\n" "3" " " "7"
     assert ids[17:21] == [3757, 14212, 42, 198]  # "###" " Response" ":" "\n"
@@ -86,9 +91,8 @@ def test_golden_sample_of_the_base_model(base_tokenizer):
 
 def test_eos_is_in_the_loss():
     """Trap 2: the last target of every row is EOS, also where another row is longer (no `ids == pad`)."""
-    inputs, targets = collate([training_example(Bytes(), r, [], 999) for r in (PLUM, RHYME, GRASS)])
-    for row in targets:
-        assert row[row != -1][-1] == EOS
+    inputs, targets = collate([example(Bytes(), r) for r in (PLUM, RHYME, GRASS)])
+    assert [row[row != -1][-1] for row in targets] == [EOS] * 3
     assert (targets[:, -1] == -1).all()  # nothing follows the last id
 
 
@@ -103,35 +107,39 @@ def test_segments_are_tokenised_apart(base_tokenizer):
     """Joined as text, the newline that ends the query and the spaces that begin the answer would be cut
     elsewhere; the mask would then begin inside a token."""
     list_record = record("List what to buy.", "  - milk\n  - 12 eggs")
-    text, answer = query_text(list_record), list_record["output"]
-    encode = base_tokenizer.encode
+    text, answer, encode = query_text(list_record), list_record["output"], base_tokenizer.encode
     assert encode(text + answer) != encode(text) + encode(answer)
-    ids, n = training_example(base_tokenizer, list_record, [PLUM], 999)
+    ids, n = example(base_tokenizer, list_record, [PLUM])
     block = encode(query_text(PLUM)) + encode("purple\n\n")
     assert ids == block + encode(text) + encode(answer) + [base_tokenizer.eos]
     assert n == len(encode(answer)) + 1 and base_tokenizer.decode(ids[-n:]) == answer
 
 
-def test_exemplars_are_a_prefix_of_their_own(base_tokenizer):
+def test_prompts_are_a_prefix_of_their_own(base_tokenizer):
     """The same ids whatever follows, so that their KV cache can be reused."""
     for tokenizer in (Bytes(), base_tokenizer):
-        prefix = exemplar_ids(tokenizer, [PLUM, RHYME])
+        prefix = prompt_ids(tokenizer, [PLUM, RHYME])
         for query in (GRASS, RHYME):
-            ids, _ = training_example(tokenizer, query, [PLUM, RHYME], 999)
-            assert ids[:len(prefix)] == prefix
-    assert exemplar_ids(Bytes(), []) == [BOS]
+            assert example(tokenizer, query, [PLUM, RHYME])[0][:len(prefix)] == prefix
+            rest = tokenizer.encode(query_text(query))
+            assert join_ids(tokenizer, [PLUM, RHYME], rest, 999) == (prefix + rest, 2)
+    assert prompt_ids(Bytes(), []) == [BOS]
 
 
-def test_exemplars_that_do_not_fit_go_farthest_first():
-    full, n = training_example(Bytes(), PLUM, [RHYME, GRASS], 999)
-    near, _ = training_example(Bytes(), PLUM, [GRASS], 999)
-    alone, _ = training_example(Bytes(), PLUM, [], 999)
-    assert len(alone) < len(near) < len(full)
-    for limit, expected in ((len(full), full), (len(full) - 1, near), (len(near), near),
-                            (len(near) - 1, alone), (len(alone), alone)):
-        assert training_example(Bytes(), PLUM, [RHYME, GRASS], limit) == (expected, n), limit
+def test_prompts_that_do_not_fit_go_farthest_first():
+    """By hand: [RHYME, GRASS], then GRASS alone, then none. The answer and its EOS are 7 more ids."""
+    query, answer, prompts = list(query_text(PLUM).encode()), [*b"purple", EOS], [RHYME, GRASS]
+    blocks = [list((query_text(p) + p["output"] + "\n\n").encode()) for p in prompts]
+    alone, near, full = [BOS, *query], [BOS, *blocks[1], *query], [BOS, *blocks[0], *blocks[1], *query]
+    for limit, ids, kept in ((len(full), full, 2), (len(full) - 1, near, 1), (len(near), near, 1),
+                             (len(near) - 1, alone, 0), (len(alone), alone, 0)):
+        assert join_ids(Bytes(), prompts, query, limit) == (ids, kept), limit
+        assert example(Bytes(), PLUM, prompts, limit + 7) == (ids + answer, 7), limit
     # Trap 2: an answer that does not fit is no sample; cut, it would teach never to stop
-    assert training_example(Bytes(), PLUM, [RHYME, GRASS], len(alone) - 1) is None
+    assert example(Bytes(), PLUM, prompts, len(alone) + 6) is None
+    for limit in (len(alone) - 1, -3):
+        with pytest.raises(ValueError, match=f"{len(alone)} tokens, .* for {max(0, limit)}; shorten it"):
+            join_ids(Bytes(), prompts, query, limit)
 
 
 def test_query_text():
@@ -144,11 +152,10 @@ def test_query_text():
     ("purple", "purple"), ("  purple\n\n", "purple"), ("a\n\nb", "a\n\nb"), ("", ""),
     ("purple\n\n### Instruction:\nNext one", "purple"), ("### Instruction", ""),
     ("# 1 ### Input", "# 1 ### Input")])
-def test_clean_answer(text, answer):
-    ids = list(text.encode())
-    assert clean_answer(Bytes(), ids) == answer
-    assert clean_answer(Bytes(), ids + [EOS]) == answer
-    assert clean_answer(Bytes(), ids + [EOS] + list(b"more") + [EOS]) == answer
+@pytest.mark.parametrize("end", [[], [EOS], [END], [EOS, *b"more", END], [END, *b"more", EOS]])
+def test_clean_answer(text, answer, end):
+    """An answer stands before the first of all end ids."""
+    assert clean_answer(Bytes(), [*text.encode(), *end]) == answer
 
 
 # ---- batches -----------------------------------------------------------------------------------------
@@ -156,10 +163,8 @@ def test_clean_answer(text, answer):
 def test_collate_against_a_naive_loop():
     """The shift by one: where the target of column t is not -1, it is the id of column t + 1."""
     rng = random.Random(0)
-    examples = []
-    for _ in range(40):
-        ids = [rng.randrange(300) for _ in range(rng.randint(2, 30))]
-        examples.append((ids, rng.randint(1, len(ids) - 1)))
+    examples = [([rng.randrange(300) for _ in range(n)], rng.randint(1, n - 1))
+                for n in (rng.randint(2, 30) for _ in range(40))]
     inputs, targets = collate(examples)
     assert inputs.shape == targets.shape == (40, max(len(ids) for ids, _ in examples))
     assert inputs.dtype == targets.dtype == torch.long
@@ -196,7 +201,7 @@ def test_length_sorted_batches():
 TWO = [record("Name the colour.", "purple", "a plum"), record("Say it twice.", "hé hé", "hé")]
 
 
-def encoded(records, array: bool, newline: str = "\n") -> bytes:
+def encoded(records, array: bool = False, newline: str = "\n") -> bytes:
     if array:
         return json.dumps(records, ensure_ascii=False, indent=1).replace("\n", newline).encode()
     return "".join(json.dumps(r, ensure_ascii=False) + newline for r in records).encode()
@@ -208,17 +213,31 @@ def encoded(records, array: bool, newline: str = "\n") -> bytes:
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 def test_array_or_lines_under_either_name(tmp_path, name, array, bom, newline):
     (tmp_path / name).write_bytes(bom + encoded(TWO, array, newline))
-    assert read_records(tmp_path / name) == TWO
-    assert read_records(str(tmp_path / name)) == TWO
+    assert read_records(tmp_path / name) == read_records(str(tmp_path / name)) == TWO
 
 
 def test_optional_fields_blank_lines_and_unicode_line_ends(tmp_path):
     """U+2028 and U+0085 end a line for str.splitlines(), but not in JSON: a record is one line."""
     file = tmp_path / "own.jsonl"
     odd = {"instruction": "a\u2028b\u0085c\x0bd", "output": "e\u2029f", "extra": 1}
-    file.write_text(json.dumps({"instruction": "x", "output": "y"}) + "\n\n  \n"
-                    + json.dumps(odd, ensure_ascii=False), encoding="utf-8", newline="")
-    assert read_records(file) == [record("x", "y"), record(odd["instruction"], odd["output"])]
+    null = {"task": None, "instruction": "x", "input": None, "output": "y"}  # null means absent
+    file.write_bytes(b'{"instruction": "x", "output": "y"}\n\n  \n' + encoded([null, odd]).rstrip())
+    assert read_records(file) == [record("x", "y")] * 2 + [record(odd["instruction"], odd["output"])]
+
+
+def test_read_fitting(tmp_path, capsys):
+    """A record that is longer than the limit by one token is left out, and the user is told."""
+    file, question = tmp_path / "sft.jsonl", 1 + len(query_text(PLUM))  # 1: BOS
+    short = record("a", "b")
+    file.write_bytes(encoded([PLUM, short, PLUM]))
+    for answered, longest in ((True, question + 7), (False, question)):
+        assert read_fitting(file, Bytes(), longest, answered) == [PLUM, short, PLUM]
+        assert capsys.readouterr().out == "sft: 3 records\n"
+        assert read_fitting(file, Bytes(), longest - 1, answered) == [short]
+        assert capsys.readouterr().out == f"sft: 1 records (2 longer than {longest - 1} tokens, left out)\n"
+    for limit in (3, -3):
+        with pytest.raises(ValueError, match=f"sft.jsonl: no record fits in {max(0, limit)} tokens"):
+            read_fitting(file, Bytes(), limit)
 
 
 def test_missing_file(tmp_path):
@@ -229,5 +248,8 @@ def test_missing_file(tmp_path):
 
 def test_check_record_names_the_place():
     assert check_record({"instruction": "x", "output": "y", "id": 4}, "here:1") == record("x", "y")
+    for field in ("instruction", "output"):
+        with pytest.raises(ValueError, match=f"^here:1: field '{field}' must be text, but it is null"):
+            check_record(record("x", "y") | {field: None}, "here:1")
     with pytest.raises(ValueError, match="^here:1: "):
         check_record([], "here:1")

@@ -1,18 +1,21 @@
-"""matcher.py: embeddings, the policy as a probability distribution, its start at kNN, its files.
+"""matcher.py: embeddings, the policy as a probability distribution, its start at nearest, its files.
 
     pytest tests/test_matcher.py
 """
 import itertools
+import json
 import math
-import random
+import re
 
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 import matcher as matching
 import model as llama
+from data.files import read_metadata
 from data.tokenizer import Tokenizer
 
 
@@ -22,35 +25,41 @@ def model(tmp_path_factory):
     return llama.load(folder), Tokenizer(folder)
 
 
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def vectors(n: int, seed: int, width: int = 6) -> torch.Tensor:
     """Embeddings as an LLM gives them: one large common part, so that raw cosines are all near 1."""
-    return 5 + torch.randn(n, width, generator=torch.Generator().manual_seed(seed))
+    return 5 + torch.randn(n, width, generator=seeded(seed))
 
 
 def trained(pool: torch.Tensor, seed: int = 0) -> matching.Matcher:
     """A matcher whose last layers are not zero any more."""
-    generator = torch.Generator().manual_seed(seed)
-    matcher = matching.Matcher(pool, hidden=8, scale=3.0, generator=generator)
-    with torch.no_grad():
-        for tower in (matcher.prompt_tower, matcher.state_tower):
-            tower.down.weight.copy_(torch.randn(tower.down.weight.shape, generator=generator))
+    generator = seeded(seed)
+    matcher = matching.Matcher(pool, hidden=8, logit_scale=3.0, generator=generator)
+    for mlp in (matcher.prompt_mlp, matcher.state_mlp):
+        mlp.down.weight.data.copy_(torch.randn(mlp.down.weight.shape, generator=generator))
     return matcher
+
+
+PAIRS = torch.tensor(list(itertools.permutations(range(5), 2)))  # all 20 episodes of 2 picks among 5
 
 
 # ---- the policy --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("m", [1, 2, 3])
-def test_untrained_policy_is_knn(m):
+def test_untrained_policy_is_nearest_neighbours(m):
     """Design: RL starts from the strongest simple baseline. Against a plain top-m of standardised cosines, a
     mean of the instruction's and the input's."""
     queries, pool = vectors(40, 1, 60), vectors(12, 2, 60)
-    mean, deviation = pool.mean(0), ((pool - pool.mean(0)) ** 2).mean(0).sqrt()
-    q, p = (queries - mean) / deviation, (pool - mean) / deviation
+    mean, std = pool.mean(0), ((pool - pool.mean(0)) ** 2).mean(0).sqrt()
+    q, p = (queries - mean) / std, (pool - mean) / std
     wanted = sum(share * F.cosine_similarity(q[:, None, half], p[None, :, half], dim=-1)
                  for half, share in ((slice(30), 0.95), (slice(30, 60), 0.05))).topk(m).indices
-    fresh = matching.Matcher(pool, generator=torch.Generator().manual_seed(3))
-    assert torch.equal(fresh.episodes(queries, pool, m, greedy=True)[0], wanted)
-    assert torch.equal(matching.knn(queries, pool, m), wanted)
+    fresh = matching.Matcher(pool, generator=seeded(3))
+    assert torch.equal(fresh.act(queries, pool, m, greedy=True)[0], wanted)
+    assert torch.equal(matching.nearest(queries, pool, m), wanted)
     raw = F.cosine_similarity(queries[:, None], pool[None], dim=-1).topk(m).indices
     assert not torch.equal(raw, wanted)  # or standardising would not have been tested
 
@@ -61,137 +70,113 @@ def test_factors_weigh_instruction_against_input():
     other, picks = vectors(40, 3), []
     for half in (slice(3), slice(3, 6)):
         matcher = matching.Matcher(pool)
-        with torch.no_grad():
-            matcher.log_factors[:] = torch.tensor([0.0, -20.0] if half.start is None else [-20.0, 0.0])
+        matcher.log_factors.data = torch.tensor([0.0, -20.0] if half.start is None else [-20.0, 0.0])
         changed = other.clone()
         changed[:, half] = queries[:, half]
-        picks.append(matcher.episodes(queries, pool, 1, greedy=True)[0])
-        assert torch.equal(picks[-1], matcher.episodes(changed, pool, 1, greedy=True)[0])
+        picks.append(matcher.act(queries, pool, 1, greedy=True)[0])
+        assert torch.equal(picks[-1], matcher.act(changed, pool, 1, greedy=True)[0])
     assert not torch.equal(*picks)
 
 
 def test_a_half_that_does_not_vary_in_the_pool_decides_nothing():
     """A pool of one instruction: its half differs by rounding alone, which length 1 would blow up."""
     queries, pool = vectors(40, 1, 60), vectors(12, 2, 60)
-    queries[:, :30] = pool[:, :30] = 5 + 1e-7 * torch.randn(30, generator=torch.Generator().manual_seed(4))
-    wanted = matching.knn(queries, pool, 1)
+    queries[:, :30] = pool[:, :30] = 5 + 1e-7 * torch.randn(30, generator=seeded(4))
+    wanted = matching.nearest(queries, pool, 1)
     noisy = pool.clone()
-    noisy[:, :30] += 2e-6 * torch.randn(12, 30, generator=torch.Generator().manual_seed(5))
-    assert torch.equal(matching.knn(queries, noisy, 1), wanted) and len(wanted.unique()) > 3
+    noisy[:, :30] += 2e-6 * torch.randn(12, 30, generator=seeded(5))
+    assert torch.equal(matching.nearest(queries, noisy, 1), wanted) and len(wanted.unique()) > 3
 
 
-def test_candidates_are_the_nearest_that_are_free():
-    """Whatever the towers say, picks come from the nearest 4; a blocked prompt's place goes to the fifth."""
+def test_candidates_are_the_nearest():
+    """Whatever the MLPs say, picks come from the nearest 4."""
     queries, pool = vectors(300, 1), vectors(12, 2)
-    matcher = trained(pool)
-    near = matching.knn(queries, pool, 5)
-    blocked = torch.zeros(300, 12, dtype=torch.bool)
-    blocked[150:].scatter_(1, near[150:, :1], True)
-    everywhere = matcher.episodes(queries, pool, 2, greedy=True, blocked=blocked)[0]
+    matcher, near = trained(pool), matching.nearest(queries, pool, 5)
+    everywhere = matcher.act(queries, pool, 2, greedy=True)[0]
     matcher.candidates = 4
-    picks, log_prob, entropy = matcher.episodes(queries, pool, 2, blocked=blocked,
-                                                generator=torch.Generator().manual_seed(0))
-    for row, picked in enumerate(picks.tolist()):
-        assert set(picked) <= set(near[row, row >= 150:][:4].tolist())
-    assert not torch.equal(everywhere, matcher.episodes(queries, pool, 2, greedy=True, blocked=blocked)[0])
-    assert log_prob.isfinite().all() and entropy.isfinite().all() and (entropy <= 1 + 1e-6).all()
-    assert set(picks[:150].flatten().tolist()) == set(range(12))  # and all are somebody's
+    picks, log_probs, entropy = matcher.act(queries, pool, 2, generator=seeded(0))
+    assert all(set(picked) <= set(row[:4]) for row, picked in zip(near.tolist(), picks.tolist(), strict=True))
+    assert not torch.equal(everywhere, matcher.act(queries, pool, 2, greedy=True)[0])
+    assert log_probs.isfinite().all() and entropy.isfinite().all() and (entropy <= 1 + 1e-6).all()
+    assert set(picks.flatten().tolist()) == set(range(12))  # and all are somebody's
+    assert torch.equal(matcher.act(queries, pool, 5, greedy=True)[0].sort().values, near.sort().values)
 
 
 def test_probabilities_of_all_ordered_episodes_sum_to_one():
     """Sequential, without replacement: 5 prompts, 2 picks, 20 pairs (PromptPG's slip sums to less)."""
     pool, query = vectors(5, 4).double(), vectors(1, 5).double()
-    pairs = torch.tensor(list(itertools.permutations(range(5), 2)))
-    _, log_prob, _ = trained(pool).double().episodes(query.expand(20, -1), pool, 2, picks=pairs)
-    assert log_prob.exp().sum().item() == pytest.approx(1, abs=1e-12)
-    assert log_prob.exp().max() < 0.9  # no near-certain pair, which would make the sum say little
+    p = trained(pool).double().act(query.expand(20, -1), pool, 2, picks=PAIRS)[1].sum(1).exp()
+    assert p.sum().item() == pytest.approx(1, abs=1e-12)
+    assert p.max() < 0.9  # no near-certain pair, which would make the sum say little
 
 
 def test_draws_follow_the_probabilities():
     """20,000 draws against the scored probabilities of the 20 pairs, each within five standard errors."""
-    pool, query = vectors(5, 4), vectors(1, 5)
-    matcher, n = trained(pool), 20_000
-    pairs = torch.tensor(list(itertools.permutations(range(5), 2)))
+    pool, query, n = vectors(5, 4), vectors(1, 5), 20_000
     with torch.no_grad():
-        p = matcher.episodes(query.expand(20, -1), pool, 2, picks=pairs)[1].exp()
-        drawn = matcher.episodes(query.expand(n, -1), pool, 2, generator=torch.Generator().manual_seed(0))[0]
-    share = (drawn[:, None] == pairs).all(-1).float().mean(0)
+        p = trained(pool).act(query.expand(20, -1), pool, 2, picks=PAIRS)[1].sum(1).exp()
+        drawn = trained(pool).act(query.expand(n, -1), pool, 2, generator=seeded(0))[0]
+    share = (drawn[:, None] == PAIRS).all(-1).float().mean(0)
     assert ((share - p).abs() < 5 * (p * (1 - p) / n).sqrt() + 1e-6).all()
 
 
-def test_acting_and_scoring_give_the_same_log_prob():
+@pytest.mark.parametrize("greedy", [False, True])
+def test_acting_and_scoring_give_the_same_log_probs(greedy):
+    """Those of each step: (B, m), and below 0 where there is a choice."""
     queries, pool = vectors(30, 6), vectors(9, 7)
     matcher = trained(pool)
-    for greedy in (False, True):
-        picks, acted, entropy = matcher.episodes(queries, pool, 3, greedy=greedy,
-                                                 generator=torch.Generator().manual_seed(1))
-        again, scored, entropy_again = matcher.episodes(queries, pool, 3, picks=picks)
-        assert torch.equal(again, picks)
-        assert torch.equal(scored, acted) and torch.equal(entropy, entropy_again)
+    picks, acted, entropy = matcher.act(queries, pool, 3, greedy=greedy, generator=seeded(1))
+    again, scored, entropy_again = matcher.act(queries, pool, 3, picks=picks)
+    assert torch.equal(again, picks) and picks.shape == acted.shape == (30, 3) and (acted < 0).all()
+    assert torch.equal(scored, acted) and torch.equal(entropy, entropy_again) and entropy.shape == (30,)
 
 
-def test_no_prompt_twice_and_blocked_ones_never():
-    """Trap 11 needs `blocked`; each row blocks another prompt, and every free one is picked in the end."""
+def test_no_prompt_twice():
+    """Five picks of five prompts: each row holds all of them, and not always in one order."""
     pool, queries = vectors(5, 8), vectors(1, 9).expand(200, -1)
-    rows = torch.arange(200)
-    blocked = torch.zeros(200, 5, dtype=torch.bool)
-    blocked[rows, rows % 5] = True
-    matcher = trained(pool)
-    picks, log_prob, _ = matcher.episodes(queries, pool, 4, blocked=blocked,
-                                          generator=torch.Generator().manual_seed(2))
-    for row in range(200):
-        assert sorted(picks[row].tolist()) == [j for j in range(5) if j != row % 5]
-    assert log_prob.isfinite().all()
-    greedy = matcher.episodes(queries, pool, 1, greedy=True, blocked=blocked)[0].squeeze(1)
-    favourite = matcher.episodes(queries[:1], pool, 1, greedy=True)[0].item()
-    assert (greedy[rows % 5 != favourite] == favourite).all()
-    assert (greedy[rows % 5 == favourite] != favourite).all()
+    picks, log_probs, _ = trained(pool).act(queries, pool, 5, generator=seeded(2))
+    assert all(sorted(row) == list(range(5)) for row in picks.tolist())
+    assert log_probs.isfinite().all() and log_probs[:, 4].abs().max() < 1e-6  # the last is no choice
+    assert len(picks[:, 0].unique()) > 2
 
 
 def test_entropy_is_one_for_uniform_and_finite_when_masked():
     """-sum p log p with p = 0 for what was picked: 0 * -inf is NaN, in the value or in the gradient."""
     pool, queries = vectors(6, 10), vectors(4, 11)
-    matcher = trained(pool)
-    matcher.scale = 0.0  # all logits equal
-    assert matcher.episodes(queries, pool, 3, greedy=True)[2].tolist() == pytest.approx([1.0] * 4, abs=1e-6)
-    matcher.scale = 3.0
-    entropy = matcher.episodes(queries, pool, 3, generator=torch.Generator().manual_seed(0))[2]
+    flat, matcher = trained(pool), trained(pool)
+    flat.logit_scale = 0.0  # all logits equal
+    assert flat.act(queries, pool, 3, greedy=True)[2].tolist() == pytest.approx([1.0] * 4, abs=1e-6)
+    entropy = matcher.act(queries, pool, 3, generator=seeded(0))[2]
     assert ((0 < entropy) & (entropy < 1)).all()
     entropy.mean().backward()
     assert all(p.grad.isfinite().all() for p in matcher.parameters())
 
 
+@torch.no_grad()
 def test_entropy_of_one_step_is_shannons_over_the_log_of_the_choices():
     pool, query = vectors(6, 10), vectors(1, 11)
-    matcher = trained(pool)
-    with torch.no_grad():
-        p = matcher.episodes(query.expand(6, -1), pool, 1, picks=torch.arange(6)[:, None])[1].exp()
-        entropy = matcher.episodes(query, pool, 1, greedy=True)[2].item()
+    p = trained(pool).act(query.expand(6, -1), pool, 1, picks=torch.arange(6)[:, None])[1].sum(1).exp()
+    entropy = trained(pool).act(query, pool, 1, greedy=True)[2].item()
     assert entropy == pytest.approx(torch.distributions.Categorical(p).entropy().item() / math.log(6))
 
 
-def test_too_small_pool_is_a_value_error():
-    queries, pool = vectors(3, 0), vectors(4, 1)
-    with pytest.raises(ValueError, match="--m"):
-        matching.Matcher(pool, hidden=1).episodes(queries, pool, 5)
-    blocked = torch.zeros(3, 4, dtype=torch.bool)
-    blocked[1, 2] = True  # one query of the batch has three prompts left
-    with pytest.raises(ValueError, match="--m"):
-        matching.Matcher(pool, hidden=1).episodes(queries, pool, 4, blocked=blocked)
+def test_embeddings_of_another_width_are_refused():
+    with pytest.raises(ValueError, match="embeddings of width 6, but the model's have 8; train a matcher"):
+        matching.Matcher(vectors(4, 1), hidden=1).act(vectors(3, 0, 8), vectors(4, 1, 8), 1)
 
 
-def test_same_seed_same_towers_and_the_second_pick_sees_the_first():
+@torch.no_grad()
+def test_same_seed_same_mlps_and_the_second_pick_sees_the_first():
     pool, query = vectors(7, 1), vectors(1, 2)
     assert all(torch.equal(a, b) for a, b in zip(trained(pool, 5).state_dict().values(),
                                                  trained(pool, 5).state_dict().values(), strict=True))
     seconds = torch.tensor([[0, 6], [1, 6]])
-    _, log_prob, _ = trained(pool).episodes(query.expand(2, -1), pool, 2, picks=seconds)
-    _, first, _ = trained(pool).episodes(query.expand(2, -1), pool, 1, picks=seconds[:, :1])
-    step, rest = (log_prob - first).exp(), trained(pool).episodes(
-        query.expand(7, -1), pool, 1, picks=torch.arange(7)[:, None])[1].exp()
+    log_probs = trained(pool).act(query.expand(2, -1), pool, 2, picks=seconds)[1]
+    one_step = trained(pool).act(query.expand(7, -1), pool, 1, picks=torch.arange(7)[:, None])[1][:, 0]
+    torch.testing.assert_close(log_probs[:, 0], one_step[:2])
     # were the state blind to the first pick, p(6 | j first) would be p(6) / (1 - p(j))
-    blind = rest[6] / (1 - rest[:2])
-    assert (step - blind).abs().max() > 1e-3
+    blind = one_step[6].exp() / (1 - one_step[:2].exp())
+    assert (log_probs[:, 1].exp() - blind).abs().max() > 1e-3
 
 
 # ---- embeddings and the pool -------------------------------------------------------------------------------
@@ -199,16 +184,13 @@ def test_same_seed_same_towers_and_the_second_pick_sees_the_first():
 def test_padded_batch_embeds_like_one_by_one(model):
     """Trap 4: the mean runs over real tokens only; lengths from 0 to 40 in one batch."""
     llm, _ = model
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     texts = [torch.randint(0, 260, (n,), generator=generator).tolist() for n in (40, 1, 17, 0, 3, 17)]
-    together = matching.embed(llm, [[text] for text in texts])
+    together, smaller = (matching.embed(llm, [[text] for text in texts], size) for size in (16, 2))
     assert together.shape == (6, 48) and together[3].abs().sum() == 0
-    for text, vector in zip(texts, together, strict=True):
-        if text:
-            alone = llm(torch.tensor([text]))[0].mean(0)
-            torch.testing.assert_close(vector, alone, rtol=1e-5, atol=1e-6)
-    smaller = matching.embed(llm, [[text] for text in texts], batch_size=2)
-    torch.testing.assert_close(smaller, together, rtol=1e-5, atol=1e-6)
+    alone = [llm(torch.tensor([text]))[0].mean(0) if text else torch.zeros(48) for text in texts]
+    for vectors in (torch.stack(alone), smaller):
+        torch.testing.assert_close(together, vectors, rtol=1e-5, atol=1e-6)
     assert matching.embed(llm, [[[]], [[]]]).abs().sum() == 0  # texts that a tokenizer knows nothing of
 
 
@@ -239,58 +221,63 @@ def test_the_answer_plays_no_part_in_an_embedding(model):
     assert (one - three)[48:].abs().max() > 0.01
 
 
-def test_same_question_marks_twins_whatever_their_answer():
-    pool = tiny.records(4)
-    queries = [{**pool[2], "output": "another answer", "task": "other"}, {**pool[1], "input": "new"}]
-    assert matching.same_question(queries, pool).tolist() == [[False, False, True, False], [False] * 4]
-
-
-def test_random_picks_are_different_and_uniform():
-    picks = matching.random_picks(30_000, 5, 2, torch.Generator().manual_seed(0))
-    assert (picks[:, 0] != picks[:, 1]).all()
-    counts = torch.bincount(picks[:, 0] * 5 + picks[:, 1], minlength=25).view(5, 5)
-    share = counts[~torch.eye(5, dtype=torch.bool)]  # of the 20 pairs
-    assert (share / 30_000 - 1 / 20).abs().max() < 5 * (0.05 * 0.95 / 30_000) ** 0.5
+def test_the_pool_has_each_prompt_once_and_no_query(tmp_path, capsys):
+    """A prompt is a query's twin whatever its answer and task; another answer alone makes no copy."""
+    records = tiny.records(4)
+    file = tiny.write_records(tmp_path / "pool.jsonl", [*records, records[0], {**records[1], "output": "x"}])
+    assert matching.read_pool(file) == [*records, {**records[1], "output": "x"}]
+    assert f"({file}: 1 of 6 prompts are left out: copies of others" in capsys.readouterr().out
+    queries = [{**records[2], "output": "another answer", "task": "other"}, {**records[3], "input": "new"}]
+    assert matching.read_pool(tiny.write_records(file, records), queries) == [*records[:2], records[3]]
+    assert f"({file}: 1 of 4 prompts are left out: " in capsys.readouterr().out
+    assert matching.read_pool(file) == records and capsys.readouterr().out == ""
 
 
 # ---- files -------------------------------------------------------------------------------------------------
 
 def test_save_and_load_bring_back_policy_pool_and_m(tmp_path):
     """Trap 11: the pool is stored with the policy."""
-    pool, queries = vectors(8, 1), vectors(20, 2)
-    matcher, prompts = trained(pool), tiny.records(8)
+    pool, queries, prompts = vectors(8, 1), vectors(20, 2), tiny.records(8)
+    matcher = trained(pool)
     matching.save(matcher, tmp_path, prompts, 3, "model-1", step=7)
     loaded, loaded_pool, m = matching.load(tmp_path, "model-1")
-    assert (loaded_pool, m, loaded.scale) == (prompts, 3, 3.0)
-    want, got = (x.episodes(queries, pool, 3, greedy=True) for x in (matcher, loaded))
+    assert (loaded_pool, m, loaded.logit_scale) == (prompts, 3, 3.0)
+    want, got = (x.act(queries, pool, 3, greedy=True) for x in (matcher, loaded))
     assert torch.equal(want[0], got[0]) and torch.equal(want[1], got[1])
-    unseen = vectors(30, 3)  # prompts are embedded, not indexed: a pool of another size works
-    picks = loaded.episodes(queries, unseen, 3, greedy=True)[0]
+    picks = loaded.act(queries, vectors(30, 3), 3, greedy=True)[0]  # a pool it never saw, of another size
     assert picks.shape == (20, 3) and picks.max() >= 8
     assert sorted(f.name for f in tmp_path.iterdir()) == ["matcher.json", "matcher.safetensors"]
+    assert json.loads((tmp_path / "matcher.json").read_text()) == {
+        "m": 3, "hidden": 8, "width": 6, "logit_scale": 3.0, "candidates": 1 << 20, "instruction": 0.95,
+        "model_id": "model-1", "pool": prompts, "step": 7}
 
 
-def test_bm25_against_the_formula():
-    """Okapi's sum, word by word, on random records; a blocked prompt is never picked."""
-    draw, vocabulary = random.Random(0), "the the the write date code rare long in tags".split()
-    def record():
-        words = draw.choices(vocabulary, k=draw.randint(1, 9))
-        question = {"instruction": " ".join(words).title(), "input": draw.choice(vocabulary)}
-        return {"task": "", **question, "output": "x"}
-    queries, pool = [record() for _ in range(20)], [record() for _ in range(12)]
-    texts = [f"{p['instruction']} {p['input']}".lower().split() for p in pool]
-    blocked = torch.rand(20, 12, generator=torch.Generator().manual_seed(0)) < 0.3
-    picks = matching.bm25(queries, pool, 3, blocked)
-    for query, picked, no in zip(queries, picks.tolist(), blocked, strict=True):
-        scores = []
-        for text in texts:
-            score = 0.0
-            for word in set(f"{query['instruction']} {query['input']}".lower().split()):
-                n, f = sum(word in t for t in texts), text.count(word)
-                length = len(text) / (sum(map(len, texts)) / len(texts))
-                idf = math.log(1 + (12 - n + 0.5) / (n + 0.5))
-                score += idf * f * 2.5 / (f + 1.5 * (0.25 + 0.75 * length))
-            scores.append(score)
-        best = sorted((-score, j) for j, score in enumerate(scores) if not no[j])[:3]
-        assert [scores[j] for j in picked] == pytest.approx([-score for score, _ in best], abs=1e-6)
-        assert not no[picked].any()
+def test_a_matcher_that_is_not_this_ones_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="matcher.json is missing; run python train_rl.py first"):
+        matching.load(tmp_path, "model-1")
+    matching.save(trained(vectors(8, 1)), tmp_path, tiny.records(8), 3, "model-1")
+    with pytest.raises(ValueError, match="trained on embeddings of model model-1, but this is model-2; use"):
+        matching.load(tmp_path, "model-2")
+    monkeypatch.setattr(matching, "INSTRUCTION", 0.5)  # its "nearest" meant something else
+    with pytest.raises(ValueError, match="matcher.safetensors: not of the run that wrote matcher.json; run"):
+        matching.load(tmp_path, "model-1")
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda t: t.pop("log_factors"), "1 tensors are missing, e.g. 'log_factors'"),
+    (lambda t: t.update(spare=torch.zeros(1)), "unexpected tensor 'spare' (not part of it)"),
+    (lambda t: t.update(pool=torch.zeros(7, 6)),
+     "tensor 'pool' is torch.float32 [7, 6], but floats [8, 6] are needed"),
+    (lambda t: t.update(pool=torch.zeros(8, 6, dtype=torch.int32)),
+     "tensor 'pool' is torch.int32 [8, 6], but floats [8, 6] are needed"),
+    (lambda t: t["prompt_mlp.up.bias"].fill_(math.nan),
+     "tensor 'prompt_mlp.up.bias' is not finite everywhere"),
+])
+def test_tensors_that_do_not_fit_are_refused_by_name(tmp_path, change, words):
+    matching.save(trained(vectors(8, 1)), tmp_path, tiny.records(8), 3, "model-1")
+    file = tmp_path / "matcher.safetensors"
+    tensors, metadata = load_file(file), read_metadata(file)
+    change(tensors)
+    save_file(tensors, file, metadata)
+    with pytest.raises(ValueError, match=re.escape(f"{file}: {words}; train the matcher again.")):
+        matching.load(tmp_path, "model-1")

@@ -1,4 +1,4 @@
-"""model.py against transformers: the same logits and greedy tokens, in fp32, for every family; refusals;
+"""model.py against transformers: the same logits and greedy tokens, in fp32, for every family; loading;
 batched generation against one by one; sampling against the softmax.
 
     pytest tests/test_model.py
@@ -11,11 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import LLAMA3_ROPE
+from conftest import LLAMA3_ROPE, pad_rows
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import model
+from data.files import file_hash, read_tensors
+from data.prepare import fingerprint
 from model import Cache, Config, RMSNorm, Transformer, generate, load, prefill, rope_tables, rotate
 from sample import Settings, draw
 
@@ -39,6 +41,20 @@ LAYOUTS = {  # every pair of tied or not, bf16 or fp32, one file or shards, with
     "tied fp32 shards": {"tie_word_embeddings": True, "shard": "60KB"},
     "tied bf16 file with a head": {"tie_word_embeddings": True, "dtype": torch.bfloat16},
 }
+GATE = "model.layers.1.mlp.gate_proj.weight"
+
+
+def edited(folder, **changes):
+    """folder with these fields of config.json changed (None: null)."""
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return folder
+
+
+def with_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
@@ -55,7 +71,7 @@ def variant(request, layout, make_folder):
     if "head" in layout:  # some checkpoints carry the tied head a second time, old ones the rope table
         with_tensors(folder, lambda t: t.update({
             "lm_head.weight": t["model.embed_tokens.weight"].clone(),
-            "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}))
+            "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(Config.read(folder).head_dim // 2)}))
     return folder, reference
 
 
@@ -71,14 +87,33 @@ def small(llama):
     return load(llama[0])
 
 
+@pytest.fixture
+def copied(llama, tmp_path):
+    """A copy of the tiny Llama's folder, to be changed."""
+    return shutil.copytree(llama[0], tmp_path / "m")
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """A list of how many columns each call of PyTorch's attention kernel saw."""
+    calls, kernel = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention",
+                        lambda q, k, v, **kw: calls.append(k.size(2)) or kernel(q, k, v, **kw))
+    return calls
+
+
 @torch.no_grad()
 def logits(network, ids):
     """(B, T, V) of our model or of transformers'."""
-    return network.head(network(ids)) if isinstance(network, Transformer) else network(ids).logits
+    return network.logits(network(ids)) if isinstance(network, Transformer) else network(ids).logits
 
 
 def random_ids(rows, length, vocab=96, seed=0):
     return torch.randint(3, vocab, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def random_list(length, seed):
+    return random_ids(1, length, seed=seed)[0].tolist()
 
 
 def difference(ours, reference, ids):
@@ -90,24 +125,48 @@ def difference(ours, reference, ids):
 
 # ---- parity with transformers --------------------------------------------------------------------
 
-def test_logits_equal_transformers(variant):
-    """Trap 1: with the wrong rotation short texts look right, so 1,500 tokens; llama3's rope scaling too."""
+def test_logits_equal_transformers(variant, fused):
+    """Trap 1: with the wrong rotation short texts look right, so 1,500 tokens; llama3's rope scaling too.
+    200 tokens go through the attention that is written out."""
     folder, reference = variant
-    assert difference(load(folder), reference, random_ids(1, LENGTH)) < 1e-4
+    ours, ids = load(folder), random_ids(1, LENGTH)
+    assert difference(ours, reference, ids) < 1e-4
+    assert fused.count(LENGTH) >= len(ours.layers)
+    fused.clear()
+    hidden = ours(ids[:, :200])
+    assert not fused
+    torch.testing.assert_close(hidden, ours(ids)[:, :200], rtol=1e-4, atol=1e-4)
+    assert difference(ours, reference, ids[:, :200]) < 1e-4
 
 
 @torch.no_grad()
-def test_left_padded_batch_equals_transformers(variant):
-    """Trap 4 in the logits: rows of 1 to 200 tokens, padded with id 0 at the left; cached in two steps."""
+def test_left_padded_batch_equals_transformers(variant, fused):
+    """Trap 4 in the logits: rows of 1 to 300 tokens, padded with id 0 at the left; cached in three steps:
+    attention written out, the kernel for more than 256 columns, the kernel for one new token."""
     folder, reference = variant
-    ours, lengths = load(folder), (1, 37, 200, 5)
-    ids, real = random_ids(4, 200), torch.arange(200) >= 200 - torch.tensor(lengths)[:, None]
-    ids[~real] = 0
+    ours = load(folder)
+    ids, real = pad_rows([random_list(n, seed=n) for n in (1, 37, 300, 5)])
     b = reference(ids, attention_mask=real.long(), position_ids=(real.cumsum(1) - 1).clamp(min=0)).logits
-    cache = Cache(ours.config, 4, 200, ours.embed_tokens.weight)
-    hidden = [ours(ids[:, :190], cache, real[:, :190]), ours(ids[:, 190:], cache, real[:, 190:])]
-    a = ours.head(torch.cat(hidden, dim=1))
+    cache, hidden = Cache(ours.config, 4, 300, ours.embed_tokens.weight), []
+    for start, end, kernel in ((0, 190, []), (190, 299, [299]), (299, 300, [300])):
+        fused.clear()
+        hidden.append(ours(ids[:, start:end], cache, real[:, start:end]))
+        assert fused == kernel * len(ours.layers)
+    a = ours.logits(torch.cat(hidden, dim=1))
     assert (a - b)[real].abs().max() < 1e-4 and torch.equal(a.argmax(-1)[real], b.argmax(-1)[real])
+
+
+def test_both_attentions_give_the_same_gradients(family, fused):
+    """Training takes the one or the other, by the length of its longest row."""
+    ours, ids, results = load(family[0]).requires_grad_(True), random_ids(2, 257), []
+    for columns, kernel in ((256, []), (257, [257])):
+        hidden = ours(ids[:, :columns])[:, :200]  # the last columns change nothing before them
+        ours.zero_grad()
+        ours.logits(hidden).logsumexp(-1).sum().backward()
+        results.append([hidden, *(p.grad for p in ours.parameters())])
+        assert fused == kernel * len(ours.layers)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * a.abs().max().item())
 
 
 def test_the_parity_test_would_notice(make_folder, monkeypatch):
@@ -118,9 +177,8 @@ def test_the_parity_test_would_notice(make_folder, monkeypatch):
     right = logits(reference, ids)
 
     def pairs(x, cos, sin):  # Meta's own layout: dimension 2i turns with 2i + 1
-        D = x.size(-1)
-        cos, sin = (t[..., :D // 2].repeat_interleave(2, -1) for t in (cos, sin))
-        return x * cos + torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2) * sin
+        x1, x2 = x[..., ::2], x[..., 1::2]
+        return torch.stack((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1).flatten(-2)
     with monkeypatch.context() as patch:
         patch.setattr(model, "rotate", pairs)
         wrong = (logits(ours, ids) - right).abs().amax(-1)[0]
@@ -132,10 +190,8 @@ def test_the_parity_test_would_notice(make_folder, monkeypatch):
 def test_rope_settings_of_older_config_files(make_folder):
     """transformers 4 wrote rope_theta and rope_scaling, 5 writes rope_parameters: both are read."""
     folder, reference = make_folder("llama", rope_parameters=LLAMA3_ROPE | {"rope_theta": 5000.0})
-    config = json.loads((folder / "config.json").read_text())
-    rope = config.pop("rope_parameters")
-    config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
-    (folder / "config.json").write_text(json.dumps(config))
+    rope = json.loads((folder / "config.json").read_text())["rope_parameters"]
+    edited(folder, rope_parameters=None, rope_theta=rope.pop("rope_theta"), rope_scaling=rope)
     assert difference(load(folder), reference, random_ids(1, LENGTH)) < 1e-4
 
 
@@ -150,10 +206,10 @@ def test_base_logits_equal_transformers(base, base_model, base_reference, base_t
     print(f"\nlargest logit difference over {ids.size(1)} tokens: {largest:.1e}")
     assert largest < 5e-4  # 30 layers add up their rounding; logits are around 20
 
-    prompt = ids[:, :40]
-    expected = base_reference.generate(prompt, max_new_tokens=24, do_sample=False)[0, 40:].tolist()
+    prompt = ids[0, :40].tolist()
+    [expected] = generated(base_reference, [prompt], 24)
     assert len(expected) == 24
-    assert generate(base_model, [prompt[0].tolist()], 24, eos=base_tokenizer.eos) == [expected]
+    assert generate(base_model, [prompt], 24, base_tokenizer.ends) == [expected]
 
 
 def test_rmsnorm_and_rotation_by_hand():
@@ -165,6 +221,7 @@ def test_rmsnorm_and_rotation_by_hand():
 
     config = Config(8, 4, 4, 1, 1, 1, 4, 1e-5, 100.0, None, 64, True, False, False)
     cos, sin = rope_tables(config, torch.tensor([[0, 7]]))
+    assert cos.shape == sin.shape == (1, 1, 2, 2)  # D / 2 angles for each position
     x = torch.tensor([1.0, 10.0, 2.0, 20.0]).view(1, 1, 1, 4).expand(1, 1, 2, 4)
     turned = rotate(x, cos, sin)[0, 0]
     torch.testing.assert_close(turned[0], x[0, 0, 0])  # position 0 stays
@@ -174,7 +231,7 @@ def test_rmsnorm_and_rotation_by_hand():
         torch.testing.assert_close(turned[1, [first, first + 2]], torch.tensor([z.real, z.imag]))
 
 
-# ---- loading -------------------------------------------------------------------------------------
+# ---- config.json and weights ---------------------------------------------------------------------
 
 def test_load_is_exact(variant, layout):
     folder, _ = variant
@@ -203,145 +260,178 @@ def test_any_stored_type_into_any_wanted(make_folder, stored, wanted):
         assert ours.dtype == wanted and torch.equal(ours, tensor.to(wanted)), name
 
 
-def test_load_keeps_no_hold_of_the_file(llama, tmp_path):
+def test_load_keeps_no_hold_of_the_file(copied):
     """The weights are copies: replacing or clearing the file changes no model that was read from it."""
-    folder = shutil.copytree(llama[0], tmp_path / "m")
-    ours = load(folder)
+    ours, file = load(copied), copied / "model.safetensors"
     before = ours.embed_tokens.weight.clone()
-    file = folder / "model.safetensors"
     with open(file, "r+b") as raw:  # overwrite in place, where a memory map would show it
         raw.write(bytes(file.stat().st_size))
     assert torch.equal(ours.embed_tokens.weight, before)
 
 
-def edited(folder, **changes):
-    """folder with these fields of config.json changed (None removes one)."""
-    file = folder / "config.json"
-    config = {k: v for k, v in (json.loads(file.read_text()) | changes).items() if v is not None}
-    file.write_text(json.dumps(config))
-    return folder
+@pytest.mark.parametrize("changes", [
+    {"model_type": "qwen2", "sliding_window": 512, "use_sliding_window": False},  # Qwen2 files are like this
+    {"model_type": "qwen3", "sliding_window": 512, "use_sliding_window": True,
+     "layer_types": ["full_attention"] * 2},
+    {"model_type": "mistral", "sliding_window": None}])
+def test_window_that_is_off_is_taken(copied, changes):
+    """Many files name a window that no layer uses. A window that one layer uses is refused."""
+    assert Config.read(edited(copied, **changes))
+    used = {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]}
+    with pytest.raises(ValueError, match="config.json: sliding_window = 512 is not supported"):
+        Config.read(edited(copied, sliding_window=512, **used))
 
 
-def test_window_that_is_off_is_taken(llama, tmp_path):
-    """Qwen2 files name a window and switch it off."""
-    folder = shutil.copytree(llama[0], tmp_path / "m")
-    assert Config.read(edited(folder, model_type="qwen2", sliding_window=512, use_sliding_window=False))
+def test_null_in_config_means_absent(copied):
+    """Some files write null where others leave a field out."""
+    config = Config.read(edited(copied, **dict.fromkeys((
+        "num_key_value_heads", "head_dim", "rope_parameters", "rope_scaling", "rope_theta", "attention_bias",
+        "tie_word_embeddings", "hidden_act", "sliding_window", "quantization_config"))))
+    assert (config.num_key_value_heads, config.head_dim, config.rope_theta) == (4, 12, 10000.0)
+    assert config.rope_scaling is None and config.tie_word_embeddings is False
+    with pytest.raises(ValueError, match="config.json: field 'hidden_size' must be a number.*missing"):
+        Config.read(edited(copied, hidden_size=None))
 
 
-def with_tensors(folder, change):
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+def test_one_file_wins_over_an_old_index(make_folder):
+    """A model that is saved into a folder of shards is the one that is read from it."""
+    folder, _ = make_folder("llama", shard="60KB")
+    ours, shards = load(folder), fingerprint(folder)
+    before = ours.norm.weight.clone()
+    ours.norm.weight += 1
+    model.save(ours, folder, folder)
+    one = folder / "model.safetensors"
+    assert (folder / f"{one.name}.index.json").exists() and torch.equal(load(folder).norm.weight, before + 1)
+    assert fingerprint(folder) == file_hash(folder / "config.json", one) != shards
+    one.unlink()
+    assert torch.equal(load(folder).norm.weight, before) and fingerprint(folder) == shards
 
 
-GATE = "model.layers.1.mlp.gate_proj.weight"
+A, B = torch.ones(2, 3), torch.ones(4)
 
 
-def test_fingerprint(llama, tmp_path):
-    folder = shutil.copytree(llama[0], tmp_path / "m")
-    before = model.fingerprint(folder)
-    assert before == model.fingerprint(llama[0]) and len(before) == 16
-    edited(folder, rms_norm_eps=1e-3)
-    assert model.fingerprint(folder) != before
-    folder = shutil.copytree(llama[0], tmp_path / "n")
-    with_tensors(folder, lambda t: t["model.norm.weight"].add_(1))
-    assert model.fingerprint(folder) != before
+@pytest.mark.parametrize("files, sentence", [
+    ([], "the folder: 2 tensors are missing, e.g. 'a'"),
+    ([{"model.b": B}, {}], "1: 1 tensors are missing, e.g. 'a'"),
+    ([{"b": B, "model.d": A}], "0: unexpected tensor 'model.d' (not part of it)"),
+    ([{"a": A, "b": B}, {"model.a": A}], "1: unexpected tensor 'model.a' (twice in these files)"),
+    ([{"model.a": torch.ones(3, 2)}],
+     "0: tensor 'model.a' is torch.float32 [3, 2], but floats [2, 3] are needed"),
+    ([{"b": B.int()}], "0: tensor 'b' is torch.int32 [4], but floats [4] are needed"),
+    ([{"b": B.to(torch.float8_e4m3fn)}],
+     "0: tensor 'b' is torch.float8_e4m3fn [4], but floats [4] are needed"),
+    ([{"a": A, "b": B / 0}], "0: tensor 'b' is not finite everywhere"),
+    ([{"a": A * torch.nan}], "0: tensor 'a' is not finite everywhere")])
+def test_read_tensors_names_file_and_tensor(tmp_path, files, sentence):
+    """The one check of all that is loaded: of a base model, an adapter, a matcher, a state of training."""
+    def read(files):
+        paths = [tmp_path / str(i) for i in range(len(files))]
+        for path, tensors in zip(paths, files, strict=True):
+            save_file(tensors, path)
+        return dict(read_tensors(paths, {"a": A, "b": B, "c": B}, "fetch it again", ["c"], "model."))
+    with pytest.raises(ValueError) as error:
+        read(files)
+    assert str(error.value).removeprefix(f"{tmp_path}/") == f"{sentence}; fetch it again."
+    good = read([{"model.a": A.half()}, {"b": B}])  # the refusal was due to what was wrong
+    assert good.keys() == {"a", "b"} and good["a"].dtype == torch.half and torch.equal(good["b"], B)
 
 
-def test_fingerprint_sees_all_weights(make_folder, tmp_path):
+@pytest.mark.parametrize("change", [
+    lambda folder: edited(folder, rms_norm_eps=1e-3),
+    lambda folder: with_tensors(folder, lambda t: t["model.norm.weight"].add_(1)),
+    lambda folder: with_tensors(folder, lambda t: t[GATE].add_(1))])
+def test_fingerprint(make_folder, tmp_path, change):
     """A base with a merged LoRA has the embedding, the sizes and the config of the base itself; with the same
     id, an adapter or a cache of rewards made for one would be taken for the other (trap 7)."""
-    folder, _ = make_folder("llama", vocab_size=8192, tie_word_embeddings=True)
-    before = model.fingerprint(folder)
-    with_tensors(folder, lambda t: t[GATE].add_(1))
-    assert model.fingerprint(folder) != before
+    folder, _ = make_folder("llama", vocab_size=32768, tie_word_embeddings=True)
+    before = fingerprint(folder)
+    copy = shutil.copytree(folder, tmp_path / "m")
+    assert fingerprint(copy) == before and len(before) == 16
+    change(copy)
+    assert fingerprint(copy) != before
 
 
 # ---- generation: ragged batches, the cache, prefixes ---------------------------------------------
 
 @torch.no_grad()
-def naive(model, prompt, steps, eos=-1):
+def naive(model, prompt, steps, ends=()):
     """Greedy without any cache: the whole text again for every token."""
     ids = list(prompt)
     for _ in range(steps):
         ids.append(logits(model, torch.tensor([ids]))[0, -1].argmax().item())
-        if ids[-1] == eos:
+        if ids[-1] in ends:
             break
     return ids[len(prompt):]
 
 
-def ragged(count=9, seed=0):
+def cut(answer, ends):
+    """answer up to its first id of `ends`, that id included."""
+    return answer[:next((i + 1 for i, token in enumerate(answer) if token in ends), None)]
+
+
+def ragged(count=9):
     """Prompts of different lengths, 1 to 70 tokens."""
-    lengths = [1, 2, 70, 5, 33, 8, 3, 21, 13][:count]
-    return [random_ids(1, n, seed=seed + n)[0].tolist() for n in lengths]
+    return [random_list(n, seed=n) for n in [1, 2, 70, 5, 33, 8, 3, 21, 13][:count]]
+
+
+@torch.inference_mode()
+def generated(reference, prompts, steps, **ends):
+    """transformers' greedy `generate` of a batch padded at the left."""
+    ids, real = pad_rows(prompts)
+    out = reference.generate(ids, attention_mask=real.long(), max_new_tokens=steps, do_sample=False, **ends)
+    return out[:, ids.size(1):].tolist()
 
 
 def test_ragged_batch_equals_one_by_one(family):
     """Trap 4: every row of a ragged batch is answered as if it were alone, with no cache, by transformers."""
     folder, reference = family
     ours, prompts = load(folder), ragged()
-    together = generate(ours, prompts, 15, eos=-1)
-    assert together == [generate(ours, [p], 15, eos=-1)[0] for p in prompts]
+    together = generate(ours, prompts, 15, ends=())
+    assert together == [generate(ours, [p], 15, ends=())[0] for p in prompts]
     assert together == [naive(ours, p, 15) for p in prompts]
     assert len({tuple(a) for a in together}) > 5  # the rows say different things
 
-    # transformers' generate on the same batch, stopping at the config's eos, padded there with id 0
-    eos = together[0][9]
-    theirs = generated(reference, prompts, 15, eos_token_id=eos, pad_token_id=0)
-    theirs = [answer[:answer.index(eos) + 1] if eos in answer else answer for answer in theirs]
-    assert generate(ours, prompts, 15, eos) == theirs
-
-
-@torch.inference_mode()
-def generated(reference, prompts, steps, **settings):
-    """transformers' greedy `generate` of a batch padded at the left."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
-    real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    out = reference.generate(ids, attention_mask=real, max_new_tokens=steps, do_sample=False, **settings)
-    return out[:, width:].tolist()
+    # transformers' generate on the same batch, stopping at any of two ids, padded there with id 0
+    ends = [together[0][9], together[1][12]]
+    theirs = generated(reference, prompts, 15, eos_token_id=ends, pad_token_id=0)
+    assert generate(ours, prompts, 15, ends) == [cut(answer, ends) for answer in theirs]
 
 
 def test_positions_shared_by_the_batch_would_be_noticed(small, monkeypatch):
     """Trap 4 made on purpose: with the columns as positions, its padding parts a prompt from its prefix.
     (Padding before everything shifts a row as a whole, which rotary positions do not see.)"""
-    prompts, [prefix] = ragged(), prefill(small, [random_ids(1, 11, seed=50)[0].tolist()])
-    right = generate(small, prompts, 15, eos=-1, prefixes=[prefix] * len(prompts))
+    prompts = ragged()
+    answer = partial(generate, small, prompts, 15, (), prefixes=prefill(small, [random_list(11, 50)]) * 9)
+    right = answer()
 
     def shared(config, positions):  # the longest row has no padding: its positions are the columns
         return rope_tables(config, positions.amax(0, keepdim=True).expand_as(positions))
     monkeypatch.setattr(model, "rope_tables", shared)
-    wrong = generate(small, prompts, 15, eos=-1, prefixes=[prefix] * len(prompts))
-    assert [len(p) for p, a, b in zip(prompts, right, wrong, strict=True) if a == b] == [70]
+    assert [len(p) for p, a, b in zip(prompts, right, answer(), strict=True) if a == b] == [70]
 
 
 @torch.no_grad()
-def test_cached_states_of_padded_rows(small):
+@pytest.mark.parametrize("left", [True, False])
+def test_cached_states_of_padded_rows(small, left):
     """Trap 4 below the argmax: hidden states with padding at the left, at the right and in several steps."""
-    prompts = [random_ids(1, n, seed=n)[0] for n in (4, 9, 1)]
-    for left in (True, False):
-        ids, real = torch.zeros(3, 9, dtype=torch.long), torch.zeros(3, 9, dtype=torch.bool)
-        for row, p in enumerate(prompts):
-            place = slice(9 - len(p), 9) if left else slice(0, len(p))
-            ids[row, place], real[row, place] = p, True
-        cache = Cache(small.config, 3, 13, small.embed_tokens.weight)
-        hidden = [small(ids[:, :5], cache, real[:, :5]), small(ids[:, 5:], cache, real[:, 5:])]
-        hidden = torch.cat([*hidden, small(random_ids(3, 4), cache)], dim=1)
-        assert hidden.isfinite().all()  # a column of padding that sees nothing would give NaN
-        for row, p in enumerate(prompts):
-            alone = small(torch.cat((p, random_ids(3, 4)[row]))[None])[0]
-            kept = hidden[row, torch.cat((real[row], torch.ones(4, dtype=torch.bool)))]
-            torch.testing.assert_close(kept, alone, rtol=1e-4, atol=1e-4)
+    prompts = [random_list(n, seed=n) for n in (4, 9, 1)]
+    ids, real = pad_rows(prompts, left)
+    cache = Cache(small.config, 3, 13, small.embed_tokens.weight)
+    hidden = [small(ids[:, :5], cache, real[:, :5]), small(ids[:, 5:], cache, real[:, 5:])]
+    hidden = torch.cat([*hidden, small(random_ids(3, 4), cache)], dim=1)
+    assert hidden.isfinite().all()  # a column of padding that sees nothing would give NaN
+    for row, p in enumerate(prompts):
+        alone = small(torch.tensor([p + random_ids(3, 4)[row].tolist()]))[0]
+        kept = hidden[row, torch.cat((real[row], torch.ones(4, dtype=torch.bool)))]
+        torch.testing.assert_close(kept, alone, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
-def test_padding_at_the_right_changes_nothing(small):
+@pytest.mark.parametrize("width", [70, 300])  # attention written out, and the kernel
+def test_padding_at_the_right_changes_nothing(small, width):
     """What train_sft.py does: no cache, rows padded at the right with id 0."""
     rows = ragged(4)
-    ids = torch.zeros(4, 70, dtype=torch.long)
-    for row, prompt in enumerate(rows):
-        ids[row, :len(prompt)] = torch.tensor(prompt)
-    hidden = small(ids)
+    hidden = small(pad_rows(rows, left=False, width=width)[0])
     for row, prompt in enumerate(rows):
         alone = small(torch.tensor([prompt]))[0]
         torch.testing.assert_close(hidden[row, :len(prompt)], alone, rtol=1e-4, atol=1e-4)
@@ -356,70 +446,64 @@ BASE_PROMPTS = ["The", "Water boils at", "My grandmother's recipe for plum cake 
 @pytest.mark.slow
 def test_base_ragged_batch_equals_one_by_one(base_model, base_reference, base_tokenizer):
     """Trap 4 on the real model: batched == one by one == no cache == transformers' generate."""
-    prompts, eos = [base_tokenizer.encode(t) for t in BASE_PROMPTS], base_tokenizer.eos
+    prompts, ends = [base_tokenizer.encode(t) for t in BASE_PROMPTS], base_tokenizer.ends
     assert len(set(map(len, prompts))) >= 6
-    together = generate(base_model, prompts, 8, eos)
+    together = generate(base_model, prompts, 8, ends)
     for prompt, answer in zip(prompts, together, strict=True):
-        assert generate(base_model, [prompt], 8, eos) == [answer]
-        assert naive(base_model, prompt, 8, eos) == answer
-        theirs = base_reference.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)
-        assert theirs[0, len(prompt):].tolist() == answer
+        assert generate(base_model, [prompt], 8, ends) == [answer]
+        assert naive(base_model, prompt, 8, ends) == answer
+        assert generated(base_reference, [prompt], 8) == [answer]
 
 
-@pytest.mark.parametrize("shared", [1, 6, 40])
+@pytest.mark.parametrize("shared", [1, 6, 40, 300])
 def test_prefix_reuse_changes_nothing(small, shared):
     """A prefix computed once stands before many prompts, next to rows with another one or none."""
-    prompts = ragged()
-    one, other = random_ids(1, shared, seed=50)[0].tolist(), random_ids(1, 11, seed=51)[0].tolist()
+    prompts, one, other = ragged(), random_list(shared, seed=50), random_list(11, seed=51)
     texts = [[one, other, []][i % 3] for i in range(len(prompts))]
     made = iter(prefill(small, [t for t in texts if t]))  # together, padded: as if alone
     prefixes = [next(made) if t else None for t in texts]
-    joined = [t + p for t, p in zip(texts, prompts, strict=True)]
-    assert generate(small, prompts, 12, eos=-1, prefixes=prefixes) == generate(small, joined, 12, eos=-1)
-    assert generate(small, prompts, 12, eos=-1) != generate(small, joined, 12, eos=-1)
+    joined = generate(small, [t + p for t, p in zip(texts, prompts, strict=True)], 12, ends=())
+    assert generate(small, prompts, 12, ends=(), prefixes=prefixes) == joined
+    assert generate(small, prompts, 12, ends=()) != joined
 
 
 def test_base_prefix_reuse(base_model, base_tokenizer):
-    encode, eos = base_tokenizer.encode, base_tokenizer.eos
-    exemplar = encode("### Instruction:\nName a fruit.\n\n### Response:\nplum\n\n")
+    encode, ends = base_tokenizer.encode, base_tokenizer.ends
+    prompt = encode("### Instruction:\nName a fruit.\n\n### Response:\nplum\n\n")
     queries = [encode(f"### Instruction:\nName {x}.\n\n### Response:\n") for x in ("a colour", "a big river")]
-    answers = generate(base_model, queries, 5, eos, prefixes=prefill(base_model, [exemplar]) * 2)
-    assert answers == generate(base_model, [exemplar + q for q in queries], 5, eos)
+    answers = generate(base_model, queries, 5, ends, prefixes=prefill(base_model, [prompt]) * 2)
+    assert answers == generate(base_model, [prompt + q for q in queries], 5, ends)
 
 
 def test_rows_stop_and_leave(small, monkeypatch):
-    """At eos or at the stop sequence a row ends, that id included; the others go on as if nothing happened,
-    also when the finished rows are dropped from the cache."""
+    """At an end id or at the stop sequence a row ends, that id included; the others go on as if nothing
+    happened, also when the finished rows are dropped from the cache."""
     prompts = ragged()
-    long = generate(small, prompts, 30, eos=-1)
+    long = generate(small, prompts, 30, ends=())
     dropped, keep = [], Cache.keep
-
-    def spy(self, rows):
-        dropped.append(len(rows))
-        keep(self, rows)
-    monkeypatch.setattr(Cache, "keep", spy)
-    ends = set()
-    for eos in sorted({token for answer in long for token in answer}):
-        expected = [a[:a.index(eos) + 1] if eos in a else a for a in long]
-        assert generate(small, prompts, 30, eos) == expected
-        ends |= set(map(len, expected))
-    assert len(dropped) > 5 and len(ends) > 10  # or this test has shown nothing
+    monkeypatch.setattr(Cache, "keep", lambda self, rows: dropped.append(len(rows)) or keep(self, rows))
+    lengths, tokens = set(), sorted({token for answer in long for token in answer})
+    for end, other in zip(tokens, [*tokens[1:], -1], strict=True):
+        expected = [cut(a, [end]) for a in long]
+        assert generate(small, prompts, 30, {end}) == expected
+        assert generate(small, prompts, 30, [end, other]) == [cut(a, [end, other]) for a in long]
+        lengths |= set(map(len, expected))
+    assert len(dropped) > 5 and len(lengths) > 10  # or this test has shown nothing
 
     for answer in long:
         stop = answer[4:6]
-        cut = [next((a[:i + 2] for i in range(29) if a[i:i + 2] == stop), a) for a in long]
-        assert generate(small, prompts, 30, eos=-1, stop=stop) == cut
-        assert generate(small, prompts, 30, eos=answer[9], stop=stop) == [
-            c[:c.index(answer[9]) + 1] if answer[9] in c else c for c in cut]
+        stopped = [next((a[:i + 2] for i in range(29) if a[i:i + 2] == stop), a) for a in long]
+        assert generate(small, prompts, 30, ends=(), stop=stop) == stopped
+        assert generate(small, prompts, 30, [answer[9]], stop=stop) == [cut(a, [answer[9]]) for a in stopped]
 
 
 def test_on_token_and_limits(small):
     prompts, heard = ragged(), [[] for _ in ragged()]
-    eos = generate(small, prompts, 9, eos=-1)[2][4]
-    answers = generate(small, prompts, 9, eos, on_token=lambda row, token: heard[row].append(token))
+    end = generate(small, prompts, 9, ends=())[2][4]
+    answers = generate(small, prompts, 9, [end], on_token=lambda row, token: heard[row].append(token))
     assert heard == answers and {len(a) for a in answers} >= {9}
-    assert generate(small, prompts, 1, eos=-1) == [a[:1] for a in answers]
-    assert generate(small, prompts, 0, eos=-1) == [[] for _ in prompts]
+    assert generate(small, prompts, 1, ends=()) == [a[:1] for a in answers]
+    assert generate(small, prompts, 0, ends=()) == [[] for _ in prompts]
 
 
 # ---- sampling ------------------------------------------------------------------------------------
@@ -427,9 +511,9 @@ def test_on_token_and_limits(small):
 LOGITS = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5, -2.0, 1.5, -0.5])
 
 
-def draws(n=20_000, seed=0, **settings):
+def draws(n=20_000, **settings):
     settings = Settings(**{"temperature": 1.0} | settings)
-    return draw(LOGITS.expand(n, -1), settings, torch.Generator().manual_seed(seed))
+    return draw(LOGITS.expand(n, -1), settings, torch.Generator().manual_seed(0))
 
 
 def chi_square(counts, probs):
@@ -459,14 +543,13 @@ def test_chi_square_would_notice():
 
 
 def test_greedy_limits(small):
-    """temperature 0, top_k 1 and a tiny top_p are all greedy."""
-    for settings in ({"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-6}):
+    """temperature 0 or next to it, top_k 1 and a tiny top_p are all greedy."""
+    for settings in ({"temperature": 0.0}, {"temperature": 1e-39}, {"top_k": 1}, {"top_p": 1e-6}):
         assert (draws(200, **settings) == 3).all()
-    prompts = ragged()
-    greedy = generate(small, prompts, 10, eos=-1)
+    greedy = generate(small, ragged(), 10, ends=())
     for settings in ({"top_k": 1}, {"top_p": 1e-6}):
         choose = partial(draw, s=Settings(temperature=1.0, **settings), generator=None)
-        assert generate(small, prompts, 10, eos=-1, choose=choose) == greedy
+        assert generate(small, ragged(), 10, ends=(), choose=choose) == greedy
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.7])
@@ -483,11 +566,8 @@ def test_probabilities_equal_transformers(monkeypatch, temperature, top_k, top_p
         wanted = step(None, wanted)
     wanted = wanted.softmax(-1)
 
-    def spy(probs, n, generator):
-        seen.append(probs)
-        return probs.argmax(-1, keepdim=True)
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "multinomial", spy)
+        patch.setattr(torch, "multinomial", lambda probs, n, generator: seen.append(probs) or probs[:, :1])
         draw(logits, Settings(temperature=temperature, top_k=top_k, top_p=top_p), None)
     ours = seen[0] / seen[0].sum(-1, keepdim=True)  # multinomial normalises
     assert torch.equal(ours > 0, wanted > 0)
@@ -495,10 +575,9 @@ def test_probabilities_equal_transformers(monkeypatch, temperature, top_k, top_p
 
 
 def test_same_generator_seed_same_text(small):
-    hot = Settings(temperature=1.0)
     def text(seed):
-        generator = torch.Generator().manual_seed(seed)
-        return generate(small, ragged(), 10, eos=-1, choose=lambda x: draw(x, hot, generator))
+        choose = partial(draw, s=Settings(temperature=1.0), generator=torch.Generator().manual_seed(seed))
+        return generate(small, ragged(), 10, ends=(), choose=choose)
     torch.manual_seed(1)
     first = text(0)
     torch.manual_seed(2)  # the global seed has no say

@@ -6,51 +6,57 @@ import json
 import math
 import os
 import sys
-from contextlib import redirect_stdout, suppress
-from io import StringIO
+from contextlib import suppress
 from pathlib import Path
 
-import matplotlib.font_manager  # noqa: F401  (see the last test)
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 
-import lora
 import matcher as matching
-import model as llama
 import sample
 import train_rl
 import train_sft
 from data import prepare
-from data.instructions import TEMPLATE, answering_prompt, training_example
+from data.instructions import TEMPLATE, join_ids, query_text, training_example
 from data.tokenizer import Tokenizer
 
-MODEL = {"base": "base", "device": "cpu", "dtype": "float32"}
-PLAIN = MODEL | {"data": "mine.jsonl"}
-FEW = {"steps": 2, "queries": 4, "samples": 3, "lr": 0.05, "hidden": 8, "max_new_tokens": 4, "val_queries": 3,
-       "eval_every": 1, "test_queries": 4, "random_seeds": 1, "fixed_tries": 1}
+MODEL = {"base": "base", "device": "cpu"}
+PLAIN = MODEL | {"data": "mine.jsonl", "dtype": "float32"}
+FEW = {"steps": 2, "queries": 4, "samples": 3, "lr": 0.05, "max_new_tokens": 4, "test_queries": 4}
 
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     """A folder with a tiny base and 60 records, in which the scripts keep their data."""
-    tiny.build(tmp_path / "base")
-    (tmp_path / "data").mkdir()
-    tiny.write_records(tmp_path / "mine.jsonl", tiny.records(60))
-    monkeypatch.setattr(prepare, "DATA", tmp_path / "data")
+    tiny.build(tiny.with_data(tmp_path) / "base")
+    for where, name, value in ((prepare, "DATA", tmp_path / "data"), (train_sft, "EVAL_EVERY", 2),
+                               (train_rl, "EVAL_EVERY", 1), (train_rl, "VAL_QUERIES", 3)):
+        monkeypatch.setattr(where, name, value)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def sft(out="sft", **changes) -> Path:
-    how = {"out_dir": out, "batch_size": 4, "eval_every": 2, "max_steps": 4, "lr": 1e-2, "r": 2}
+    how = {"out_dir": out, "batch_size": 4, "max_steps": 4, "lr": 1e-2, "r": 2}
     train_sft.main(train_sft.Settings(**PLAIN | how | changes))
     return Path(out)
 
 
 def rl(out="rl", **changes) -> Path:
+    Path(out).mkdir(parents=True, exist_ok=True)  # as data.cli.cli does
     train_rl.main(train_rl.Settings(**PLAIN | FEW | {"out_dir": out, "adapter": "none"} | changes))
     return Path(out)
+
+
+def ask(prompt: str, **changes) -> None:
+    how = {"adapter": "none", "matcher": "none", "max_new_tokens": 2}
+    sample.main(sample.Settings(prompt=prompt, **MODEL | how | changes))
+
+
+def rewards(folder: Path) -> list[dict]:
+    return [entry for line in (folder / "rewards.jsonl").open() for entry in json.loads(line)]
 
 
 def log(folder: Path) -> list[dict]:
@@ -86,20 +92,19 @@ def test_a_loss_that_is_no_number_stops_and_the_last_save_stays(home, monkeypatc
         sft("out", micro_tokens=10**6)
     assert str(error.value).startswith("step 4: ") and "the last good save is in out" in str(error.value)
     assert Path("out/adapter_model.safetensors").read_bytes() == kept["adapter_model.safetensors"]
-    _, meta = lora.load_tensors(Path("out/state.safetensors"))
-    assert meta["step"] == "2" and [line["step"] for line in log(Path("out"))] == [1, 2, 3]
+    assert load_file("out/state.safetensors")["progress"][0] == 2
+    assert [line["step"] for line in log(Path("out"))] == [1, 2, 3]
     again = [sft(out, micro_tokens=10**6) / "adapter_model.safetensors" for out in ("whole", "out")]
     assert again[0].read_bytes() == again[1].read_bytes()  # a fresh run in the same folder
 
 
 def test_rl_stops_at_a_reward_that_is_no_number(home, monkeypatch):
+    factors, rewards = iter((1, math.nan)), train_rl.Environment.rewards  # the first validation is well
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="^step 1: the loss is nan; lower"):
-        patch.setattr(train_rl.Environment, "mean_reward", lambda *_: 0.5)  # validation is well
-        patch.setattr(train_rl.Environment, "reward", lambda *_: float("nan"))
+        patch.setattr(train_rl.Environment, "rewards", lambda *args: rewards(*args) * next(factors))
         rl()
     assert json.loads(Path("rl/matcher.json").read_text())["step"] == 0
-    model_id = llama.fingerprint("base")
-    matcher, _, _ = matching.load("rl", model_id)
+    matcher, _, _ = matching.load("rl", prepare.fingerprint("base"))
     assert all(tensor.isfinite().all() for tensor in matcher.state_dict().values())
 
 
@@ -126,8 +131,7 @@ def test_answers_of_one_token(home):
     assert training_example(Tokenizer("base"), records[0], [], 512)[1] == 2
     lines = log(sft(max_steps=8))
     assert lines[-1]["val_loss"] < lines[1]["val_loss"]
-    out = rl(adapter="sft", max_new_tokens=1)
-    answers = [json.loads(line)["answer"] for line in (out / "rewards.jsonl").read_text().splitlines()]
+    answers = [entry["answer"] for entry in rewards(rl(adapter="sft", max_new_tokens=1))]
     assert len(answers) > 20 and all(len(answer) <= 3 for answer in answers)
 
 
@@ -136,47 +140,47 @@ def test_a_pool_of_10_000(home, capsys):
     pool = tiny.records(10_000)
     tiny.write_records(Path("pool.jsonl"), pool)
     query = pool[7345]
-    sample.main(sample.Settings(prompt=query["instruction"], input=query["input"], adapter="none",
-                                matcher="none", pool="pool.jsonl", max_new_tokens=2, **MODEL))
+    ask(query["instruction"], input=query["input"], pool="pool.jsonl")
     assert f"{query['instruction']} | {query['input']} -> {query['output']}\n" in capsys.readouterr().out
 
 
-def test_10_000_known_rewards(home):
+def test_10_000_known_rewards(home, capsys):
     """They are read back, each once, and the run that they belong to asks for nothing."""
-    out = rl()
-    line = json.loads((out / "rewards.jsonl").read_text().splitlines()[0])
-    with (out / "rewards.jsonl").open("a") as file:
-        file.writelines(json.dumps(line | {"key": f"{i:024x}", "left": 0}) + "\n" for i in range(10_000))
-    size = (out / "rewards.jsonl").stat().st_size
-    with redirect_stdout(StringIO()) as said:
-        rl()
-    known = len({json.loads(line)["key"] for line in (out / "rewards.jsonl").open()})
-    assert known > 10_000 and f"{known} rewards known from earlier runs" in said.getvalue()
-    assert (out / "rewards.jsonl").stat().st_size == size
-
-
-SCORES = '{"key": "a", "rouge": %s, "semantic": 1, "exact": 1, "prompt_tokens": 1}'
-
-
-@pytest.mark.parametrize("line", ["5", "null", "[]", '{"key": []}', '{"key": "a"}', "[" * 5000, "\xff\xfe",
-                                  "", SCORES % "NaN", SCORES % '"1"'])
-def test_lines_that_are_no_reward_are_skipped(home, line):
-    out = rl()
-    before = (out / "rewards.jsonl").read_bytes()
-    (out / "rewards.jsonl").write_bytes(line.encode("latin-1") + b"\n" + before)
-    matcher = (out / "matcher.safetensors").read_bytes()
+    file = rl() / "rewards.jsonl"
+    entry = rewards(file.parent)[0]
+    with file.open("a") as more:
+        more.writelines(json.dumps([entry | {"key": f"{i + k:024x}", "left": 0} for k in range(32)]) + "\n"
+                        for i in range(0, 10_000, 16))  # each of them stands there twice
+    size, known = file.stat().st_size, len({entry["key"] for entry in rewards(file.parent)})
     rl()
-    assert (out / "matcher.safetensors").read_bytes() == matcher
-    # nothing was asked again
-    assert (out / "rewards.jsonl").read_bytes() == line.encode("latin-1") + b"\n" + before
+    assert known > 10_000 and f"{known} rewards known from earlier runs" in capsys.readouterr().out
+    assert file.stat().st_size == size
+
+
+GOOD = {"key": "a", "rouge": 1, "semantic": 1, "exact": 1, "prompt_tokens": 1}
+
+
+@pytest.mark.parametrize("line", [
+    "5", "null", "[]", '{"key": []}', '[{"key": "a"}]', "[[]]", "[" * 5000, "\xff\xfe", "", json.dumps(GOOD),
+    *(json.dumps([GOOD, GOOD | {"rouge": value}]) for value in (math.nan, "1", 10**400))])
+def test_lines_that_are_no_reward_are_skipped(home, line):
+    file = rl() / "rewards.jsonl"
+    matcher, before = Path("rl/matcher.safetensors").read_bytes(), file.read_bytes()
+    file.write_bytes(line.encode("latin-1") + b"\n" + before)
+    assert "a" not in train_rl.read_rewards(file)  # one bad entry spoils its batch
+    rl()
+    assert Path("rl/matcher.safetensors").read_bytes() == matcher
+    assert file.read_bytes() == line.encode("latin-1") + b"\n" + before  # nothing was asked again
 
 
 # ---- the same run, the same bytes --------------------------------------------------------------------------
 
-def test_the_same_run_gives_the_same_bytes(home):
+def test_the_same_run_gives_the_same_bytes(home, monkeypatch):
     """Twice, and with evaluation or without: evaluating draws nothing and changes nothing."""
-    files = ("adapter_model.safetensors", "adapter_config.json", "nanopillow.json")
-    runs = [sft(f"sft{n}", eval_every=every) for n, every in enumerate((2, 2, 1, 1000))]
+    files, runs = ("adapter_model.safetensors", "adapter_config.json", "nanopillow.json"), []
+    for n, every in enumerate((2, 2, 1, 1000)):
+        monkeypatch.setattr(train_sft, "EVAL_EVERY", every)
+        runs.append(sft(f"sft{n}"))
     assert len({tuple((run / name).read_bytes() for name in files) for run in runs}) == 1
     assert (sft("other", seed=1) / files[0]).read_bytes() != (runs[0] / files[0]).read_bytes()
     runs = [rl(f"rl{n}") for n in range(2)]
@@ -185,8 +189,8 @@ def test_the_same_run_gives_the_same_bytes(home):
         assert ours == theirs, name
 
 
-@pytest.mark.parametrize("train, module, output", [(sft, train_sft, "nanopillow.json"), (rl, train_rl,
-        "matcher.json")])
+@pytest.mark.parametrize("train, module, output", [
+    (sft, train_sft, "nanopillow.json"), (rl, train_rl, "matcher.json")])
 def test_the_record_of_a_run(home, train, module, output):
     """Enough to make it again: settings, versions, commit, and what every file was."""
     out = train()
@@ -194,8 +198,8 @@ def test_the_record_of_a_run(home, train, module, output):
     assert module.Settings(**run["settings"]).seed == 1337 and run["settings"]["data"] == "mine.jsonl"
     assert run["versions"]["torch"] == torch.__version__ and "python" in run["versions"]
     stored = json.loads((out / output).read_text())
-    assert run["base_id"] in (stored.get("base_id"), stored.get("model_id")) and set(run["commit"]) <= set(
-        "0123456789abcdef-dirty")
+    assert run["base_id"] in (stored.get("base_id"), stored.get("model_id"))
+    assert set(run["commit"]) <= set("0123456789abcdef-dirty")
     [folder] = Path("data").iterdir()
     assert run["data"] == {path.name: prepare.sha256(path.read_bytes()).hexdigest()
                            for path in folder.iterdir()} and len(run["data"]) == 5
@@ -215,21 +219,19 @@ def test_resume_refuses_other_records_or_another_base_under_the_same_name(home, 
 
 # ---- text that nobody trusts -------------------------------------------------------------------------------
 
-def test_a_control_token_in_a_text_is_text(home, capsys):
+def test_a_control_token_in_a_text_is_text(home, capsys, monkeypatch):
     """In a record, a prompt of the pool, an input: never the token that ends an answer (id 0 here)."""
     record = {"task": "", "instruction": "Say <eos> it.", "input": "<eos>", "output": "a<eos>b"}
     tokenizer = Tokenizer("base")
     ids, n = training_example(tokenizer, record, [record], 512)
     assert ids.count(0) == 1 and ids[-1] == 0 and tokenizer.decode(ids[-n:]) == "a<eos>b"
-    ids, _ = answering_prompt(tokenizer, record, [record], 512)
+    ids, _ = join_ids(tokenizer, [record], tokenizer.encode(query_text(record)), 512)
     assert 0 not in ids and tokenizer.decode(ids).count("<eos>") == 5
     tiny.write_records(Path("pool.jsonl"), [record])
-    asked, generate = [], llama.generate
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llama, "generate", lambda *args, **how: asked.append(args[1]) or generate(*args, **how))
-        sample.main(sample.Settings(prompt="<eos>", input="<eos><eos>", adapter="none", matcher="none",
-                                    pool="pool.jsonl", max_new_tokens=2, **MODEL))
-    [[ids]] = asked
+    asked, answer = [], sample.generate
+    monkeypatch.setattr(sample, "generate", lambda *a, **how: asked.extend(a[1]) or answer(*a, **how))
+    ask("<eos>", input="<eos><eos>", pool="pool.jsonl")
+    [ids] = asked
     assert 0 not in ids and tokenizer.decode(ids).count("<eos>") == 6
     assert "a<eos>b" in capsys.readouterr().out
 
@@ -237,8 +239,7 @@ def test_a_control_token_in_a_text_is_text(home, capsys):
 # ---- what a run touches ------------------------------------------------------------------------------------
 
 def test_a_run_opens_no_socket_and_writes_only_to_data_and_out(home):
-    """Training, matching and asking, once the model is there: all that Python opens, renames or removes.
-    matplotlib keeps a list of fonts in a place of its own; it is imported before the watch begins."""
+    """Training, matching and asking, once the model is there: all that Python opens, renames or removes."""
     reader, writer = os.pipe()
     if (child := os.fork()) == 0:  # an audit hook stays for the life of its process
         touched = []
@@ -262,8 +263,7 @@ def test_a_run_opens_no_socket_and_writes_only_to_data_and_out(home):
             sys.addaudithook(watch)
             sft("out/sft")
             rl("out/rl", adapter="out/sft")
-            sample.main(sample.Settings(prompt="Say it.", adapter="out/sft", matcher="out/rl",
-                                        max_new_tokens=2, **MODEL))
+            ask("Say it.", adapter="out/sft", matcher="out/rl")
         except BaseException as error:
             touched.append(repr(error))
         os.write(writer, json.dumps(touched).encode()[:60_000])

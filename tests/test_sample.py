@@ -4,7 +4,10 @@
 """
 import contextlib
 import io
+import json
+import math
 import re
+import shutil
 
 import pytest
 import tiny
@@ -15,12 +18,13 @@ from hypothesis import strategies as st
 import matcher as matching
 import model as llama
 import sample
-from data.instructions import NEXT_BLOCK, TEMPLATE, answering_prompt, clean_answer
+from data.instructions import NEXT_BLOCK, TEMPLATE, clean_answer, join_ids, query_text
 from data.tokenizer import Tokenizer
+from lora import load_tuned
 from sample import Settings, Stream
 
 POOL = tiny.POOL
-QUERY = {"instruction": "Say it louder.", "input": "a sleepy fox"}
+QUERY = {"task": "", "instruction": "Say it louder.", "input": "a sleepy fox", "output": ""}
 
 
 @pytest.fixture(scope="module")
@@ -28,38 +32,32 @@ def made(tmp_path_factory):
     return tiny.trained(tmp_path_factory.mktemp("sample"))
 
 
+@pytest.fixture(scope="module")
+def tuned(made):
+    """(tokenizer, base + adapter, its id)"""
+    return Tokenizer(made[0]), *load_tuned(made[0], str(made[1]), TEMPLATE, torch.float32, "cpu")
+
+
 @pytest.fixture
-def run(made, capsys):
-    """run(**settings) -> the lines that sample.main prints."""
-    base, adapter, matcher = made
+def run(made, capsys, monkeypatch):
+    """run(**settings) -> what sample.main prints."""
+    monkeypatch.setattr(sample, "pick_device", lambda device: ("cpu", torch.float32))  # bf16 would round
+    settings = {"prompt": QUERY["instruction"], "input": QUERY["input"], "max_new_tokens": 12}
+    settings |= {key: str(folder) for key, folder in zip(("base", "adapter", "matcher"), made, strict=True)}
     def go(**changes):
         capsys.readouterr()
-        sample.main(
-            Settings(
-                **{
-                    "prompt": QUERY["instruction"],
-                    "input": QUERY["input"],
-                    "base": str(base),
-                    "adapter": str(adapter),
-                    "matcher": str(matcher),
-                    "max_new_tokens": 12,
-                    "device": "cpu",
-                    "dtype": "float32",
-                }
-                | changes
-            )
-        )
+        sample.main(Settings(**settings | changes))
         return capsys.readouterr().out
     return go
 
 
-def expected(made, adapter: str, exemplars: list[dict]) -> str:
-    base = made[0]
-    tokenizer = Tokenizer(base)
-    model, _ = matching.load_tuned(base, adapter, TEMPLATE, torch.float32, "cpu")
-    ids, _ = answering_prompt(tokenizer, {**QUERY, "task": "", "output": ""}, exemplars, 400)
-    [answer] = llama.generate(model, [ids], 12, tokenizer.eos, tokenizer.encode(NEXT_BLOCK))
-    return clean_answer(tokenizer, answer)
+def answer_ids(tokenizer, model, prompts: list[dict]) -> list[int]:
+    ids, _ = join_ids(tokenizer, prompts, tokenizer.encode(query_text(QUERY)), 400)
+    return llama.generate(model, [ids], 12, tokenizer.ends, tokenizer.encode(NEXT_BLOCK))[0]
+
+
+def expected(tokenizer, model, prompts: list[dict]) -> str:
+    return clean_answer(tokenizer, answer_ids(tokenizer, model, prompts)) + "\n"
 
 
 def shown(records):
@@ -70,59 +68,69 @@ def matched(text: str) -> list[tuple[int, str]]:
     return [(int(p), line) for p, line in re.findall(r"^matched \((\d+)%\): (.*)$", text, re.MULTILINE)]
 
 
-def test_nothing_trained_yet(run, made, tmp_path):
-    """A fresh clone: the base answers, and both commands that would improve it are named."""
+def test_nothing_trained_yet(run, made, tuned, tmp_path):
+    """A fresh clone: the base answers, and the output names both commands that would improve it."""
     text = run(adapter=str(tmp_path / "sft"), matcher=str(tmp_path / "rl"))
     first, second, answer = text.split("\n", 2)
     assert "python train_sft.py" in first and "python train_rl.py" in second
-    assert answer == expected(made, "none", []) + "\n"
+    assert answer == expected(tuned[0], llama.load(made[0]), [])
 
 
-def test_adapter_and_matcher(run, made):
-    """Both prompts of the stored pool, with each step's probability, and the tuned model's answer to them."""
-    base, adapter, folder = made
-    model, model_id = matching.load_tuned(base, str(adapter), TEMPLATE, torch.float32, "cpu")
-    matcher, pool, m = matching.load(folder, model_id)
-    tokenizer = Tokenizer(base)
-    query, prompts = (matching.embed_records(model, tokenizer, r) for r in ([QUERY], pool))
+def test_adapter_and_matcher(run, made, tuned):
+    """Two prompts of the stored pool, each with the probability of its step, and the tuned model's answer."""
+    tokenizer, model, model_id = tuned
+    matcher, pool, m = matching.load(made[2], model_id)
+    query, vectors = (matching.embed_records(model, tokenizer, r) for r in ([QUERY], pool))
+    def probabilities(picks):  # of whole episodes
+        return matcher.act(query.expand(len(picks), -1), vectors, picks.size(1), picks)[1].sum(1).exp()
     with torch.no_grad():
-        picks, _, _ = matcher.episodes(query, prompts, m, greedy=True)
-        first = matcher.episodes(query.expand(8, -1), prompts, 1, picks=torch.arange(8)[:, None])[1].exp()
-        pairs = torch.tensor([[picks[0, 0], j] for j in range(8) if j != picks[0, 0]])
-        second = matcher.episodes(query.expand(7, -1), prompts, 2, picks=pairs)[1].exp()
-    exemplars = [pool[j] for j in picks[0]]
+        picks, _, _ = matcher.act(query, vectors, m, greedy=True)
+        first = probabilities(torch.arange(8)[:, None])
+        second = probabilities(torch.tensor([[picks[0, 0], j] for j in range(8) if j != picks[0, 0]]))
+    prompts = [pool[j] for j in picks[0]]
     text = run()
-    assert [line for _, line in matched(text)] == shown(exemplars)
+    assert [line for _, line in matched(text)] == shown(prompts)
     # the second is a probability given the first, not of the pair
     assert [p for p, _ in matched(text)] == [round(100 * first.max().item()),
                                              round(100 * (second / second.sum()).max().item())]
-    assert text.endswith("\n" + expected(made, str(adapter), exemplars) + "\n") and "python train" not in text
-    assert expected(made, str(adapter), exemplars) != expected(made, str(adapter), [])
+    assert text.endswith("\n" + expected(tokenizer, model, prompts)) and "python train" not in text
+    assert expected(tokenizer, model, prompts) != expected(tokenizer, model, [])
 
 
-def test_no_match(run, made):
-    assert run(no_match=True) == expected(made, str(made[1]), []) + "\n"
-    assert run(no_match=True, adapter="none") == expected(made, "none", []) + "\n"
+def test_no_match(run, made, tuned):
+    assert run(no_match=True) == expected(*tuned[:2], [])
+    assert run(no_match=True, adapter="none") == expected(tuned[0], llama.load(made[0]), [])
+
+
+def test_each_end_of_a_chat_model_ends_the_answer(run, made, tuned, tmp_path):
+    """Its generation_config.json often has more of them than config.json."""
+    tokenizer, model, _ = tuned
+    ids = answer_ids(tokenizer, model, [])
+    cut = next(i for i in range(3, 12) if ids[i] not in ids[:i])
+    base = shutil.copytree(made[0], tmp_path / "base")
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, ids[cut]]}))
+    text = run(base=str(base), no_match=True)
+    assert text == clean_answer(tokenizer, ids[:cut]) + "\n" != expected(tokenizer, model, [])
 
 
 def test_pool_of_ones_own(run, tmp_path):
-    """Also one of another size: prompts are embedded, not indexed."""
+    """It may have another size: prompts are embedded, not numbered."""
+    file = tmp_path / "mine.jsonl"
     mine = [{**r, "output": "mine " + r["output"]} for r in tiny.records(20)[8:]]
-    lines = matched(run(pool=str(tiny.write_records(tmp_path / "mine.jsonl", mine))))
+    lines = matched(run(pool=str(tiny.write_records(file, mine))))
     assert len(lines) == 2 and all("-> mine " in line for _, line in lines)
-    assert len(matched(run(pool=str(tiny.write_records(tmp_path / "one.jsonl", mine[:1])))) ) == 1
+    assert len(matched(run(pool=str(tiny.write_records(file, mine[:1]))))) == 1
+    file.write_text('{"instruction": "a", "output": "b"}\n{"instruction": "a"}\n')
     with pytest.raises(ValueError, match="mine.jsonl:2"):
-        (tmp_path / "mine.jsonl").write_text('{"instruction": "a", "output": "b"}\n{"instruction": "a"}\n')
-        run(pool=str(tmp_path / "mine.jsonl"))
+        run(pool=str(file))
 
 
-def test_pool_without_a_matcher_is_matched_by_knn(run, made, tmp_path):
-    base, adapter, _ = made
-    model, _ = matching.load_tuned(base, str(adapter), TEMPLATE, torch.float32, "cpu")
-    tokenizer = Tokenizer(base)
+@pytest.mark.parametrize("folder", ["none", "no/such/folder"])
+def test_a_pool_without_a_matcher_gives_the_nearest_prompts(run, tuned, tmp_path, folder):
+    tokenizer, model, _ = tuned
     query, prompts = (matching.embed_records(model, tokenizer, r) for r in ([QUERY], POOL))
-    nearest = [POOL[j] for j in matching.knn(query, prompts, 3)[0]]
-    text = run(matcher=str(tmp_path / "rl"), pool=str(tiny.write_records(tmp_path / "p.jsonl", POOL)), m=3)
+    nearest = [POOL[j] for j in matching.nearest(query, prompts, 3)[0]]
+    text = run(matcher=folder, pool=str(tiny.write_records(tmp_path / "p.jsonl", POOL)), m=3)
     assert [line for _, line in matched(text)] == shown(nearest) and "nearest" in text.split("\n")[0]
 
 
@@ -145,40 +153,56 @@ def test_matcher_of_another_model_is_refused(run):
         run(adapter="none")  # its embeddings are others
 
 
-def test_interactive_loop(run, monkeypatch):
-    """Instruction, input, answer, and again; ends at an empty instruction or at the end of the input."""
-    alone = run(no_match=True)
-    for end in ("", EOFError):
-        typed = iter(["Say it louder.", "a sleepy fox", " Say it louder. ", "a sleepy fox", end, "too late"])
-        def answer(_prompt, typed=typed):
-            line = next(typed)
-            if line is EOFError:
-                raise EOFError
+def typing(monkeypatch, *lines) -> list:
+    """input() gives these lines, or raises one of them; what is not read stays in the list."""
+    left = list(lines)
+    def read(_prompt):
+        if isinstance(line := left.pop(0), str):
             return line
-        monkeypatch.setattr("builtins.input", answer)
-        assert run(prompt="", no_match=True).split("\n", 1)[1] == alone * 2
-        assert next(typed) == "too late"
+        raise line
+    monkeypatch.setattr("builtins.input", read)
+    return left
 
 
-def test_sampling_repeats_with_its_seed(run):
-    hot = {"temperature": 1.0, "no_match": True, "num_samples": 2}
-    first = run(**hot)
-    assert run(**hot) == first != run(**hot, seed=1)
-    one = run(temperature=1.0, no_match=True)
-    assert first.startswith(one) and first != 2 * one  # the second sample is another one
-    assert run(temperature=1.0, top_k=1, no_match=True) == run(no_match=True) == run(
-        temperature=1.0, top_p=1e-6, no_match=True)
+@pytest.mark.parametrize("end", ["", EOFError])
+def test_interactive_loop(run, monkeypatch, end):
+    """Instruction, input, answer, and again; an empty instruction or the end of the input ends it."""
+    alone = run(no_match=True)
+    typed = ("Say it louder.", "a sleepy fox", " Say it louder. ", "a sleepy fox", end, "too late")
+    left = typing(monkeypatch, *typed)
+    assert run(prompt="", no_match=True).split("\n", 1)[1] == alone * 2 and left == ["too late"]
+
+
+def test_drawn_answers_differ_and_a_run_repeats_them(run, monkeypatch):
+    hot = {"temperature": 1.0, "no_match": True}
+    one = run(**hot)
+    assert run(**hot) == one != run(no_match=True)
+    typing(monkeypatch, *["Say it louder.", "a sleepy fox"] * 2, "")
+    answers = run(prompt="", **hot).split("\n", 1)[1]
+    assert answers.startswith(one) and answers != 2 * one  # one generator draws all answers of a run
+
+
+def test_draws_that_leave_one_token_are_greedy(run):
+    greedy = run(no_match=True)
+    assert run(temperature=1.0, top_k=1, no_match=True) == greedy
+    assert run(temperature=1.0, top_p=1e-6, no_match=True) == greedy
+    with pytest.raises(ValueError, match="--top_p 1.5 must be at most 1"):
+        run(top_p=1.5)
+
+
+def test_a_temperature_near_zero_counts_as_a_hundredth():
+    """Logits divided by 1e-39 would be infinite."""
+    logits = torch.tensor([[0.0, 0.01, 0.005]]).expand(3000, -1)
+    cold, coldest = (sample.draw(logits, Settings(temperature=t), torch.Generator().manual_seed(0))
+                     for t in (0.01, 1e-39))
+    assert torch.equal(cold, coldest)
+    assert (cold == 0).float().mean().item() == pytest.approx(1 / (1 + math.e + math.e**0.5), abs=0.03)
 
 
 # ---- streaming ---------------------------------------------------------------------------------------------
 
-@pytest.fixture(scope="module")
-def tokenizer(made):
-    return Tokenizer(made[0])
-
-
 def streamed(tokenizer, ids) -> tuple[str, list[str]]:
-    """(all that was printed, what stood there after each token)"""
+    """(all that it prints, what stands there after each token)"""
     out, states = io.StringIO(), []
     with contextlib.redirect_stdout(out):
         stream = Stream(tokenizer)
@@ -189,7 +213,8 @@ def streamed(tokenizer, ids) -> tuple[str, list[str]]:
     return out.getvalue(), states
 
 
-def test_stream_holds_back_the_next_block_and_half_characters(tokenizer):
+def test_stream_holds_back_the_next_block_and_half_characters(tuned):
+    tokenizer, *_ = tuned
     text = "Größe: 😀 #1\n\n### In short\n\n### Instruction:\nthe next"
     ids = tokenizer.encode(text) + [tokenizer.eos]
     assert len(ids) > len("Größe: 😀")  # four bytes of the face, four tokens
@@ -199,38 +224,20 @@ def test_stream_holds_back_the_next_block_and_half_characters(tokenizer):
     assert "Größe: 😀" in states and len(set(states)) > 8  # it does grow
 
 
-pieces = st.lists(
-    st.sampled_from(
-        [
-            "a",
-            " ",
-            "\n",
-            "\n\n",
-            "#",
-            "###",
-            "### Inst",
-            "ruction",
-            "é",
-            "😀",
-            "\u2003",
-            "### Instruction",
-            "<eos>",
-        ]
-    ),
-    max_size=12,
-).map("".join)
+PIECES = ["a", " ", "\n", "\n\n", "#", "###", "### Inst", "ruction", "é", "😀", "\u2003", "### Instruction",
+          "<eos>"]
 
 
 @settings(max_examples=200, deadline=None)
-@given(text=pieces, cut=st.integers(0, 5))
-def test_streamed_text_is_the_final_answer(tokenizer, text, cut):
-    ids = tokenizer.encode(text)
+@given(text=st.lists(st.sampled_from(PIECES), max_size=12).map("".join), cut=st.integers(0, 5))
+def test_streamed_text_is_the_final_answer(tuned, text, cut):
+    ids = tuned[0].encode(text)
     ids = ids[:len(ids) - cut]  # max_new_tokens may end an answer in the middle of a character
-    assert streamed(tokenizer, ids)[0] == clean_answer(tokenizer, ids) + "\n"
+    assert streamed(tuned[0], ids)[0] == clean_answer(tuned[0], ids) + "\n"
 
 
 @settings(max_examples=200, deadline=None)
 @given(ids=st.lists(st.integers(0, 269), max_size=30))
-def test_streamed_text_is_the_final_answer_for_any_tokens(tokenizer, ids):
-    """Also for bytes that are no UTF-8 at all, as an untuned model may give."""
-    assert streamed(tokenizer, ids)[0] == clean_answer(tokenizer, ids) + "\n"
+def test_streamed_text_is_the_final_answer_for_any_tokens(tuned, ids):
+    """An untuned model may also give bytes that are not UTF-8."""
+    assert streamed(tuned[0], ids)[0] == clean_answer(tuned[0], ids) + "\n"

@@ -44,32 +44,31 @@ def reference(folder) -> tokenizers.Tokenizer:
 
 
 def whole(text: str) -> str:
-    """Surrogate pairs joined, lone halves replaced by U+FFFD, as tiktoken does. `tokenizers` takes none."""
+    """Surrogate pairs joined, lone halves replaced by U+FFFD. `tokenizers` takes neither."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def write(folder, spec: dict, eos=2):
+def write(folder, spec: dict, eos: object = 2, generation: dict | None = None):
+    """A folder with this tokenizer.json, and the end ids in config.json and generation_config.json."""
     folder.mkdir(exist_ok=True)
-    (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
-    (folder / "config.json").write_text(json.dumps({"eos_token_id": eos}))
+    for name, content in (("tokenizer", spec), ("config", {} if eos is None else {"eos_token_id": eos}),
+                          ("generation_config", generation)):
+        if content is not None:
+            (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
     return folder
 
 
 def train(style: str, corpus: str) -> dict:
     """tokenizer.json of a small byte-level BPE in the style of GPT-2, SmolLM2, Llama 3 or Qwen."""
     its = tokenizers.Tokenizer(models.BPE(ignore_merges=style == "llama3"))
-    if style == "gpt2":
-        its.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    elif style == "smollm":
-        its.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
-                                                     pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    else:
-        pattern = LLAMA3_PATTERN if style == "llama3" else QWEN_PATTERN
-        its.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Split(Regex(pattern), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-        if style == "qwen":
-            its.normalizer = normalizers.NFC()
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pattern = {"llama3": LLAMA3_PATTERN, "qwen": QWEN_PATTERN}.get(style)
+    first = pre_tokenizers.Split(Regex(pattern), "isolated") if pattern else (
+        pre_tokenizers.Digits(individual_digits=True))
+    second = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False) if pattern else plain
+    its.pre_tokenizer = plain if style == "gpt2" else pre_tokenizers.Sequence([first, second])
+    if style == "qwen":
+        its.normalizer = normalizers.NFC()
     its.decoder = decoders.ByteLevel()
     its.train_from_iterator([corpus], trainers.BpeTrainer(
         vocab_size=700, special_tokens=SPECIALS, show_progress=False,
@@ -85,7 +84,7 @@ def train(style: str, corpus: str) -> dict:
 def trained(request, tmp_path_factory, story):
     """(folder, our tokenizer, theirs) for each style."""
     spec = train(request.param, story + "1234 2024\n\n" * 9)
-    folder = write(tmp_path_factory.mktemp(request.param) / "m", spec)
+    folder = write(tmp_path_factory.mktemp(request.param), spec)
     return folder, Tokenizer(folder), reference(folder)
 
 
@@ -139,7 +138,7 @@ def test_every_token_decodes_as_tokenizers_does(base, base_tokenizer):
 
 
 def test_base_facts(base_tokenizer):
-    assert (base_tokenizer.eos, base_tokenizer.bos) == (2, [])
+    assert (base_tokenizer.eos, base_tokenizer.ends, base_tokenizer.bos) == (2, {2}, [])
     assert [base_tokenizer.decode([i]) for i in base_tokenizer.encode("It is 10 pm.")] \
         == ["It", " is", " ", "1", "0", " pm", "."]
     snow = base_tokenizer.encode("☃")
@@ -170,14 +169,14 @@ def test_trained_facts(trained):
     folder, ours, its = trained
     is_llama3 = its.post_processor is not None
     assert ours.bos == its.encode("").ids == ([1] if is_llama3 else [])
-    assert ours.eos == 2 and max(ours.bytes) + 1 == its.get_vocab_size() and ours.unknown is None
+    assert (ours.eos, ours.ends, ours.unknown) == (2, {2}, None)
+    assert max(ours.bytes) + 1 == its.get_vocab_size()
 
 
 def test_half_a_surrogate_pair_before_nfc(tmp_path, story):
     """Pairs are joined first, then normalised: U+1D15E, a musical note, is two characters in NFC."""
-    folder = write(tmp_path / "m", train("qwen", story))
-    ours, text = Tokenizer(folder), "\ud834\udd5e e\ud800\u0301"
-    assert ours.encode(text) == reference(folder).encode(whole(text)).ids
+    folder, text = write(tmp_path, train("qwen", story)), "\ud834\udd5e e\ud800\u0301"
+    assert Tokenizer(folder).encode(text) == reference(folder).encode(whole(text)).ids
 
 
 def test_added_tokens_that_are_not_special(tmp_path, story):
@@ -186,7 +185,7 @@ def test_added_tokens_that_are_not_special(tmp_path, story):
     size = len(spec["model"]["vocab"])
     flags = dict.fromkeys(("special", "single_word", "lstrip", "rstrip", "normalized"), False)
     spec["added_tokens"].append({"id": size, "content": "<think>", **flags})
-    folder = write(tmp_path / "m", spec)
+    folder = write(tmp_path, spec)
     ours = Tokenizer(folder)
     ids = [1, size, *ours.encode(" hm"), 2]
     assert ours.decode(ids) == reference(folder).decode(ids) == "<think> hm"
@@ -202,14 +201,12 @@ def test_styles_differ(tmp_path, story):
     assert len({str(c) for c in cuts.values()}) == 3, cuts
 
 
-def test_eos_list_and_merges_as_pairs(tmp_path, story):
-    """Llama 3 lists several eos ids; tokenizers before 0.20 wrote a merge as one string with a space."""
+def test_merges_as_pairs(tmp_path, story):
+    """tokenizers before 0.20 wrote a merge as one string with a space."""
     spec = train("gpt2", story)
-    pairs = Tokenizer(write(tmp_path / "pairs", spec, eos=[2, 1]))
+    pairs = Tokenizer(write(tmp_path, spec)).encode(story)
     spec["model"]["merges"] = [" ".join(m) for m in spec["model"]["merges"]]
-    strings = Tokenizer(write(tmp_path / "strings", spec))
-    assert pairs.eos == strings.eos == 2 and pairs.encode(story) == strings.encode(story)
-    assert len(pairs.encode(story)) < len(story) / 2
+    assert Tokenizer(write(tmp_path, spec)).encode(story) == pairs and len(pairs) < len(story) / 2
 
 
 def test_ids_in_any_order(tmp_path, story):
@@ -218,16 +215,21 @@ def test_ids_in_any_order(tmp_path, story):
     plain = Tokenizer(write(tmp_path / "plain", spec)).encode(story)
     spec["model"]["vocab"] = {t: i if i < 3 else 5000 - 3 * i for t, i in spec["model"]["vocab"].items()}
     folder = write(tmp_path / "shuffled", spec)
-    assert Tokenizer(folder).encode(story) == [i if i < 3 else 5000 - 3 * i for i in plain]
-    assert Tokenizer(folder).encode(story) == reference(folder).encode(story).ids
-    assert Tokenizer(folder).decode(Tokenizer(folder).encode(story)) == story
+    ids = Tokenizer(folder).encode(story)
+    assert ids == [i if i < 3 else 5000 - 3 * i for i in plain] == reference(folder).encode(story).ids
+    assert Tokenizer(folder).decode(ids) == story
 
 
 # ---- refusals ------------------------------------------------------------------------------------
 
 BPE = {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+PLAIN = {"model": BPE, "pre_tokenizer": BYTE_LEVEL, "normalizer": None}
 SPLIT = {"type": "Split", "pattern": {"Regex": r"\w+"}, "behavior": "Isolated", "invert": False}
+
+
+def sequence(*steps):
+    return {"type": "Sequence", "pretokenizers": steps}
 
 
 @pytest.mark.parametrize("change, named", [
@@ -239,17 +241,15 @@ SPLIT = {"type": "Split", "pattern": {"Regex": r"\w+"}, "behavior": "Isolated", 
     ({"pre_tokenizer": None}, "None"),
     ({"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace"),
     ({"pre_tokenizer": BYTE_LEVEL | {"add_prefix_space": True}}, "ByteLevel"),
-    ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [SPLIT, BYTE_LEVEL]}}, "Split"),  # cut twice
-    ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-        SPLIT | {"behavior": "Removed"}, BYTE_LEVEL | {"use_regex": False}]}}, "Split"),
-    ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-        {"type": "Digits", "individual_digits": False}, BYTE_LEVEL]}}, "Digits"),
+    ({"pre_tokenizer": sequence(SPLIT, BYTE_LEVEL)}, "Split"),  # it would cut twice
+    ({"pre_tokenizer": sequence(SPLIT | {"behavior": "Removed"}, BYTE_LEVEL | {"use_regex": False})},
+     "Split"),
+    ({"pre_tokenizer": sequence({"type": "Digits", "individual_digits": False}, BYTE_LEVEL)}, "Digits"),
 ])
 def test_refused_by_name(tmp_path, change, named):
-    folder = write(tmp_path / "m", {"model": BPE, "pre_tokenizer": BYTE_LEVEL, "normalizer": None} | change)
     with pytest.raises(ValueError, match=named) as error:
-        Tokenizer(folder)
-    assert str(folder / "tokenizer.json") in str(error.value)
+        Tokenizer(write(tmp_path, PLAIN | change))
+    assert str(tmp_path / "tokenizer.json") in str(error.value)
 
 
 @pytest.mark.parametrize("kind, named", [
@@ -268,23 +268,43 @@ def test_sentencepiece_is_refused(tmp_path, story, kind, named):
         spec |= {"pre_tokenizer": None, "normalizer": {"type": "Sequence", "normalizers": [
             {"type": "Prepend", "prepend": "\u2581"},
             {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]}}
-    folder = write(tmp_path / "m", spec)
     with pytest.raises(ValueError, match=named) as error:
-        Tokenizer(folder)
+        Tokenizer(write(tmp_path, spec))
     assert "\n" not in str(error.value)
 
 
 def test_plain_is_not_refused(tmp_path):
     """The spec that the refusals above change is itself taken, so each refusal is due to its change."""
-    folder = write(tmp_path / "m", {"model": BPE, "pre_tokenizer": BYTE_LEVEL, "normalizer": None})
-    assert Tokenizer(folder).encode("cabc") == [0, 1]  # no token for c, and no unknown one: it vanishes
+    assert Tokenizer(write(tmp_path, PLAIN)).encode("cabc") == [0, 1]  # c has no token, so it vanishes
+
+
+@pytest.mark.parametrize("eos, generation, ends", [
+    (2, None, [2]), ([2, 1], None, [2, 1]), (2, {"eos_token_id": [5, 2]}, [2, 5]),
+    ([2, 1], {"eos_token_id": 7}, [2, 1, 7]), (2, {"eos_token_id": None}, [2]), (2, {}, [2]),
+    (None, {"eos_token_id": [7, 2]}, [7, 2]), (0, {"eos_token_id": 0}, [0])])
+def test_ends_from_both_config_files(tmp_path, eos, generation, ends):
+    """Llama 3 lists several end ids; of Qwen's chat models one file names one and the other two. A model is
+    trained to say the first one; any of them ends an answer."""
+    ours = Tokenizer(write(tmp_path, PLAIN, eos, generation))
+    assert ours.eos == ends[0] and ours.ends == set(ends)
+
+
+@pytest.mark.parametrize("eos, generation, named", [
+    (None, None, "neither config.json nor generation_config.json has eos_token_id"),
+    ([], {"eos_token_id": None}, "neither config.json nor generation_config.json has eos_token_id"),
+    (2, {"eos_token_id": ["2"]}, r"eos_token_id.* must be whole numbers .* but 2 is there"),
+    (2, {"eos_token_id": [[2]]}, "not a tokenizer that can be read"),
+    (2, [2], "generation_config.json: must be a JSON object, but it is a list")])
+def test_ends_that_are_refused(tmp_path, eos, generation, named):
+    with pytest.raises(ValueError, match=named) as error:
+        Tokenizer(write(tmp_path, PLAIN, eos, generation))
+    assert str(tmp_path) in str(error.value)
 
 
 def test_patterns(tmp_path):
     digits = {"type": "Digits", "individual_digits": True}
     assert split_pattern(BYTE_LEVEL, tmp_path) == GPT2_PATTERN
-    sequence = {"type": "Sequence", "pretokenizers": [digits, BYTE_LEVEL]}
-    assert split_pattern(sequence, tmp_path) == DIGITS_PATTERN
+    assert split_pattern(sequence(digits, BYTE_LEVEL), tmp_path) == DIGITS_PATTERN
 
 
 def test_missing_file(tmp_path):

@@ -2,9 +2,11 @@
 
 pytest tests/test_train_rl.py
 """
+import copy
 import itertools
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -17,9 +19,14 @@ import matcher as matching
 import model as llama
 import train_rl
 from data import prepare
-from data.instructions import answering_prompt, clean_answer, read_records
+from data.instructions import NEXT_BLOCK, clean_answer, join_ids, query_text, read_records
 from data.tokenizer import Tokenizer
 from train_rl import Environment, Settings, leave_one_out, rouge_l
+
+
+def same(a, b):
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
 
 # ---- REINFORCE ---------------------------------------------------------------------------------------------
 
@@ -36,13 +43,12 @@ def table():
     generator = torch.Generator().manual_seed(0)
     pool = torch.randn(5, 4, generator=generator, dtype=torch.float64)
     query = torch.randn(1, 4, generator=generator, dtype=torch.float64)
-    matcher = matching.Matcher(pool.float(), hidden=3, scale=3.0, generator=generator).double()
-    with torch.no_grad():  # away from step 0, where the first layers have no gradient
-        for tower in (matcher.prompt_tower, matcher.state_tower):
-            tower.down.weight.copy_(torch.randn(tower.down.weight.shape, generator=generator))
+    matcher = matching.Matcher(pool.float(), hidden=3, logit_scale=3.0, generator=generator).double()
+    for mlp in (matcher.prompt_mlp, matcher.state_mlp):  # at step 0 the first layers have no gradient
+        mlp.down.weight.data.copy_(torch.randn(mlp.down.weight.shape, generator=generator))
     pairs = torch.tensor(list(itertools.permutations(range(5), 2)))  # (20, 2)
     rewards = torch.rand(20, generator=generator, dtype=torch.float64)
-    _, log_prob, _ = matcher.episodes(query.expand(20, -1), pool, 2, picks=pairs)
+    log_prob = matcher.act(query.expand(20, -1), pool, 2, picks=pairs)[1].sum(1)
     parameters = list(matcher.parameters())
     def flat(value):
         return torch.cat([g.flatten() for g in torch.autograd.grad(value, parameters, retain_graph=True)])
@@ -74,8 +80,7 @@ def test_the_mean_of_many_samples_is_the_exact_gradient(table):
     matcher, pool, query, pairs, rewards, p, scores, exact = table
     n, K = 20_000, 4
     with torch.no_grad():
-        drawn, _, _ = matcher.episodes(query.expand(n * K, -1), pool, 2,
-                                       generator=torch.Generator().manual_seed(1))
+        drawn = matcher.act(query.expand(n * K, -1), pool, 2, generator=torch.Generator().manual_seed(1))[0]
     index = (drawn[:, None] == pairs).all(-1).int().argmax(1).view(n, K)  # which of the 20 pairs
     def samples(weights):  # (n, K) -> (n, D)
         return torch.zeros(n, 20, dtype=torch.float64).scatter_add(1, index, weights / K) @ scores
@@ -86,10 +91,11 @@ def test_the_mean_of_many_samples_is_the_exact_gradient(table):
     assert with_baseline.var(0).sum() < 0.5 * without.var(0).sum()
 
 
-def test_a_toy_pool_is_learned_from():
+def test_a_toy_pool_is_learned_from(monkeypatch):
     """Four kinds of queries; the best prompt of each is *not* its nearest. The loop's update must find all
-    four: better than kNN and any fixed prompt, on unseen queries, without collapsing to one (PromptPG's end).
-    """
+    four: better than nearest and any fixed prompt, on unseen queries, without collapsing to one (PromptPG's
+    end). At this learning rate the factors must not go 100 times as fast."""
+    monkeypatch.setattr(train_rl, "FACTORS_LR", 1)
     generator = torch.Generator().manual_seed(0)
     C, P = 16, 12
     pool = torch.randn(P, C, generator=generator)
@@ -99,47 +105,65 @@ def test_a_toy_pool_is_learned_from():
         return pool[kind] + 0.4 * torch.randn(n, C, generator=generator), best_of_kind[kind]
     def reward(picks, best):
         return 0.2 + 0.6 * (picks == best[:, None]).any(1).float()
-    matcher = matching.Matcher(pool, hidden=32, scale=8.0, generator=generator)
-    optimizer = torch.optim.Adam(matcher.parameters(), lr=1e-2)
-    K, steps = 4, 100
-    for step in range(steps):
-        left = 1 - step / steps
-        query, best = (x.repeat_interleave(K, 0) for x in queries(32))
-        picks, log_prob, entropy = matcher.episodes(query, pool, 2, generator=generator)
-        advantage = leave_one_out(reward(picks, best).view(-1, K)).view(-1)
-        loss = -(advantage * log_prob).mean() - 0.02 * left * entropy.mean()
-        optimizer.param_groups[0]["lr"] = 1e-2 * left
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    query, best = queries(400)
+    asked = {"rl": queries(3200), "val": queries(40), "test": queries(400)}
+    vectors, best = ({split: both[k] for split, both in asked.items()} for k in (0, 1))
+    matcher = matching.Matcher(pool, hidden=32, logit_scale=8.0, generator=generator)
+    list(train_rl.reinforce(matcher, vectors | {"pool": pool},
+                            lambda split, rows, picks: reward(picks, best[split][rows]),
+                            Settings(m=2, steps=100, queries=32, samples=4, lr=1e-2)))
+    query, best = asked["test"]
     with torch.no_grad():
-        learned = matcher.episodes(query, pool, 2, greedy=True)[0]
+        learned = matcher.act(query, pool, 2, greedy=True)[0]
     fixed = max(reward(torch.tensor([pair]).expand(400, -1), best).mean()
                 for pair in itertools.combinations(range(P), 2))
-    nearest = reward(matching.knn(query, pool, 2), best).mean()
+    nearest = reward(matching.nearest(query, pool, 2), best).mean()
     assert reward(learned, best).mean() > max(0.75, fixed + 0.15, nearest + 0.15)  # 0.8 is the most there is
     picked = [set(learned[best == prompt].flatten().tolist()) for prompt in best_of_kind]
     assert all(prompt in its for prompt, its in zip(best_of_kind.tolist(), picked, strict=True))
     assert len(learned.unique(dim=0)) >= 4  # other queries, other picks
 
 
+def test_the_loop_asks_in_turn_validates_greedily_and_takes_any_advantage(monkeypatch):
+    """Step 0 validates the start. Each query comes K times. An advantage of zero changes no weight. The seed
+    decides what is drawn."""
+    monkeypatch.setattr(train_rl, "EVAL_EVERY", 2)
+    vectors = {split: torch.randn(n, 6, generator=torch.Generator().manual_seed(n))
+               for split, n in (("pool", 5), ("rl", 3), ("val", 4))}
+    nearest, asked, drawn = matching.nearest(vectors["val"], vectors["pool"], 2), [], []
+    def reward_fn(split, rows, picks):
+        asked.append((split, rows))
+        drawn.append(picks)
+        assert picks.shape == (len(rows), 2) and (split == "rl" or torch.equal(picks, nearest))
+        return picks[:, 0] / 5
+    matcher = matching.Matcher(vectors["pool"], logit_scale=3.0)
+    before = copy.deepcopy(matcher).state_dict().values()
+    s = Settings(m=2, steps=3, queries=2, samples=2, entropy=0.0)
+    lines = list(train_rl.reinforce(matcher, vectors, reward_fn, s, torch.zeros_like))
+    val = ("val", [0, 1, 2, 3])
+    assert asked == [val, ("rl", [0, 0, 1, 1]), ("rl", [2, 2, 0, 0]), val, ("rl", [1, 1, 2, 2]), val]
+    start = {"step": 0, "val_reward": pytest.approx(nearest[:, 0].float().mean().item() / 5)}
+    assert lines[0] == start and [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert ["val_reward" in line for line in lines] == [True, False, True, True]
+    assert same(before, matcher.state_dict().values())
+    for seed in (s.seed, 1):
+        list(train_rl.reinforce(matcher, vectors, reward_fn, replace(s, seed=seed), torch.zeros_like))
+    assert same(drawn[:6], drawn[6:12]) and not same(drawn[:6], drawn[12:])
+    list(train_rl.reinforce(matcher, vectors, reward_fn, s))
+    assert not same(before, matcher.state_dict().values())
+
+
 # ---- the reward --------------------------------------------------------------------------------------------
 
 SCORER = rouge_scorer.RougeScorer(["rougeL"])
-few_words = st.lists(
-    st.sampled_from(["the", "The", "cat", "sat", "3.5", "café", "on-top", "!", "a"]), max_size=12
-)
+few_words = st.lists(st.sampled_from(["the", "The", "cat", "sat", "3.5", "café", "on-top", "!", "a"]),
+                     max_size=12).map(" ".join)
 
 
 @settings(max_examples=300, deadline=None)
-@given(
-    st.one_of(st.tuples(few_words.map(" ".join), few_words.map(" ".join)), st.tuples(st.text(), st.text()))
-)
+@given(st.one_of(st.tuples(few_words, few_words), st.tuples(st.text(), st.text())))
 def test_rouge_l_is_rouge_scores(pair):
-    answer, reference = pair
-    theirs = SCORER.score(reference, answer)["rougeL"].fmeasure
-    assert rouge_l(answer, reference) == pytest.approx(theirs, abs=1e-12)
+    theirs = SCORER.score(pair[1], pair[0])["rougeL"].fmeasure
+    assert rouge_l(*pair) == pytest.approx(theirs, abs=1e-12)
 
 
 def test_rouge_l_by_hand():
@@ -155,25 +179,37 @@ def llm(tmp_path_factory):
     return llama.load(folder), Tokenizer(folder)
 
 
-SETTINGS = Settings(max_new_tokens=8, rollout_batch=4)
 QUERIES, POOL = tiny.records(12)[6:], tiny.records(6)
 PICKS = [[0, 1], [1, 0], [2, 3], [], [4], [0, 5]]
 
 
-def environment(llm, path, s=SETTINGS, pool=None, identity="model-1"):
-    return Environment(*llm, pool or POOL, s, identity, path)
+@pytest.fixture
+def environment(llm, tmp_path, monkeypatch):
+    """environment(file name, max_new_tokens, pool=, identity=) -> Environment; four answers are a batch."""
+    monkeypatch.setattr(train_rl, "ROLLOUT_BATCH", 4)
+    def make(name="rewards.jsonl", max_new_tokens=8, pool=POOL, identity="model-1"):
+        return Environment(*llm, pool, max_new_tokens, identity, tmp_path / name)
+    return make
 
 
-def test_scores_are_those_of_the_plain_way(llm, tmp_path):
+def plain_way(llm, query, prompts):
+    """(answer, tokens read) for the whole prompt alone, without batch, padding or prefix."""
+    model, tokenizer = llm
+    ids, kept = join_ids(tokenizer, prompts, tokenizer.encode(query_text(query)), 512)
+    assert kept == len(prompts)
+    [alone] = llama.generate(model, [ids], 8, tokenizer.ends, tokenizer.encode(NEXT_BLOCK))
+    return clean_answer(tokenizer, alone), len(ids)
+
+
+def test_scores_are_those_of_the_plain_way(llm, environment):
     """Trap 4 and the prefix cache: batched, padded, the first prompt's keys reused; yet the answer is exactly
     the one for the whole prompt alone (fp32), and so are its scores."""
     model, tokenizer = llm
-    env = environment(llm, tmp_path / "rewards.jsonl")
-    for query, picks, entry in zip(QUERIES, PICKS, env.scores(QUERIES, PICKS), strict=True):
-        ids, _ = answering_prompt(tokenizer, query, [POOL[j] for j in picks], 512)
-        [alone] = llama.generate(model, [ids], 8, tokenizer.eos, env.stop)
-        text = clean_answer(tokenizer, alone)
-        assert entry["answer"] == text and entry["prompt_tokens"] == len(ids)
+    env = environment()
+    entries, wanted = env.scores(QUERIES, PICKS), []
+    for query, picks, entry in zip(QUERIES, PICKS, entries, strict=True):
+        text, n = plain_way(llm, query, [POOL[j] for j in picks])
+        assert entry["answer"] == text and entry["prompt_tokens"] == n
         assert entry["rouge"] == pytest.approx(rouge_l(text, query["output"]), abs=1e-6)
         assert entry["exact"] == (text == query["output"])
         two = matching.embed(model, [[tokenizer.encode(text)], [tokenizer.encode(query["output"])]])
@@ -181,140 +217,145 @@ def test_scores_are_those_of_the_plain_way(llm, tmp_path):
         two = (two - outputs.mean(0)) / outputs.std(0, unbiased=False).clamp(min=1e-3)
         cosine = max(0.0, torch.cosine_similarity(two[0], two[1], dim=0).item()) if text else 0.0
         assert entry["semantic"] == pytest.approx(cosine, abs=1e-5)
-        assert env.reward(entry) == pytest.approx(0.5 * entry["rouge"] + 0.5 * entry["semantic"])
+        wanted.append(0.5 * entry["rouge"] + 0.5 * entry["semantic"])
+    assert env.rewards(QUERIES, PICKS).tolist() == pytest.approx(wanted)
     assert len({e["answer"] for e in env.known.values()}) > 3  # answers do depend on what stands in front
 
 
-def test_semantic_score_of_equal_and_of_empty_answers(llm, tmp_path):
-    env = environment(llm, tmp_path / "rewards.jsonl")
-    assert env.similarity(["loud", "", "loud"], ["loud", "loud", "tag"])[:2] == [1.0, 0.0]
+def test_each_end_of_the_tokenizer_ends_an_answer(llm, environment, monkeypatch):
+    """A chat model's end of turn is often not its first end id. Nothing is computed after it."""
+    env, made = environment(), []
+    monkeypatch.setattr(train_rl, "generate", lambda *args: made.extend(llama.generate(*args)) or made)
+    ids, _ = join_ids(env.tokenizer, [], env.tokenizer.encode(query_text(QUERIES[0])), 512)
+    [alone] = llama.generate(env.model, [ids], 8, env.tokenizer.ends)
+    cut = next(n for n in range(2, 8) if alone[n] not in alone[:n])
+    env.tokenizer = copy.copy(env.tokenizer)
+    env.tokenizer.ends = frozenset({0, alone[cut]})
+    [entry] = env.scores(QUERIES[:1], [[]])
+    assert made == [alone[:cut + 1]]
+    assert entry["answer"] == llm[1].decode(alone[:cut]).strip() != llm[1].decode(alone).strip()
 
 
-def test_a_score_does_not_depend_on_what_was_scored_before(llm, tmp_path):
+def test_semantic_score_of_equal_and_of_empty_answers(environment):
+    assert environment().similarity(["loud", "", "loud"], ["loud", "loud", "tag"])[:2] == [1.0, 0.0]
+
+
+def test_a_score_does_not_depend_on_what_was_scored_before(environment):
     """To the last bit, or a run that was killed and replays its cache ends in other weights: an embedding
     kept from an earlier batch was padded otherwise."""
-    fresh, used = (environment(llm, tmp_path / f"{name}.jsonl") for name in "ab")
+    fresh, used = environment("a.jsonl"), environment("b.jsonl")
     pairs = [q["output"] for q in QUERIES], [q["input"] for q in QUERIES]
     used.similarity([a + " and much more of it, " * 9 for a in pairs[0]] + pairs[0], 2 * pairs[1])
     assert used.similarity(*pairs) == fresh.similarity(*pairs)
 
 
-def test_prompts_that_do_not_fit_go_farthest_first(llm, tmp_path):
+def test_prompts_that_do_not_fit_go_first_ones_first(llm, environment):
     """As in training and in sample.py: positions beyond the context were never trained."""
-    model, tokenizer = llm
     pool = [{**p, "input": "word " * n} for p, n in zip(POOL, (10, 40, 40, 70, 5, 110), strict=True)]
-    env = environment(llm, tmp_path / "rewards.jsonl", pool=pool)
+    env = environment(pool=pool)
     for picks, kept in (([0, 4], [0, 4]), ([1, 3], [3]), ([3, 2, 4], [2, 4]), ([5, 0], [0]), ([5], [])):
         [entry] = env.scores(QUERIES[:1], [picks])
-        ids, _ = answering_prompt(tokenizer, QUERIES[0], [pool[j] for j in kept], 512)
-        [alone] = llama.generate(model, [ids], 8, tokenizer.eos, env.stop)
-        assert (entry["answer"], entry["prompt_tokens"]) == (clean_answer(tokenizer, alone), len(ids)), picks
+        wanted = plain_way(llm, QUERIES[0], [pool[j] for j in kept])
+        assert (entry["answer"], entry["prompt_tokens"]) == wanted, picks
     assert env.shortened == 4
 
 
-def test_more_prompts_than_prefixes_are_kept(llm, tmp_path, monkeypatch):
-    """A pool of over 1,000 prompts: a prefix may be dropped while its batch is still being scored."""
-    env = environment(llm, tmp_path / "a.jsonl", replace(SETTINGS, rollout_batch=6))
-    class Full(dict):
-        def __len__(self):  # as if 1,000 others had been there before
-            return 999 + super().__len__()
-    env.prefixes = Full()
-    plain = environment(llm, tmp_path / "b.jsonl")
-    assert env.scores(QUERIES, PICKS) == plain.scores(QUERIES, PICKS)
-
-
-def test_a_second_environment_computes_nothing(llm, tmp_path):
-    path = tmp_path / "rewards.jsonl"
-    first = environment(llm, path)
+def test_a_second_environment_computes_nothing(environment, monkeypatch):
+    first = environment()
     twice = first.scores(QUERIES + QUERIES, PICKS + PICKS)
     assert (first.asked, first.computed) == (12, 6) and twice[:6] == twice[6:]
-    second = environment(llm, path)
+    second = environment()
     assert second.scores(QUERIES, PICKS) == twice[:6] and second.computed == 0
-    # both scores are stored, so the mix may change
-    weights = environment(llm, path, replace(SETTINGS, textual=1.0))
-    assert [weights.reward(e) for e in weights.scores(QUERIES, PICKS)] == [e["rouge"] for e in twice[:6]]
+    monkeypatch.setattr(train_rl, "TEXTUAL", 1.0)  # both scores are stored, so the mix may change
+    weights = environment()
+    assert weights.rewards(QUERIES, PICKS).tolist() == pytest.approx([e["rouge"] for e in twice[:6]])
     assert weights.computed == 0
 
 
-def test_a_torn_last_line_is_computed_again(llm, tmp_path):
-    """A killed run leaves half a line; what is written after it must not be lost with it."""
+def test_a_torn_line_is_computed_again(environment, tmp_path):
+    """A line is a batch. A killed run leaves half a line; what is written after it must not be lost too."""
     path = tmp_path / "rewards.jsonl"
-    wanted = environment(llm, path).scores(QUERIES, PICKS)
-    path.write_bytes(path.read_bytes()[:-20])
-    torn = environment(llm, path)
+    wanted = environment().scores(QUERIES, PICKS)
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert [len(json.loads(line)) for line in lines] == [4, 2]
+    path.write_bytes(b"".join(lines)[:-20])
+    torn = environment()
     assert torn.scores(QUERIES, PICKS) == wanted and torn.computed == 2  # its whole batch: the same bits
-    third = environment(llm, path)
+    third = environment()
     assert third.scores(QUERIES, PICKS) == wanted and third.computed == 0
-    path.write_bytes(path.read_bytes()[:-1])  # the last line whole, its end missing
-    fourth = environment(llm, path)
+    path.write_bytes(path.read_bytes()[:-1])  # the last line is whole, its end is missing
+    fourth = environment()
     assert fourth.scores(QUERIES, PICKS) == wanted and fourth.computed == 0
     fourth.scores(QUERIES[:1], [[3]])
-    assert environment(llm, path).known == fourth.known and len(fourth.known) == 7
-    entry = json.loads(path.read_bytes().splitlines()[0])
-    path.write_text(json.dumps(entry | {"rouge": 10**400, "left": 0}) + "\n")  # more than a float can hold
-    assert environment(llm, path).known == {}
+    assert environment().known == fourth.known and len(fourth.known) == 7
+    path.write_bytes(lines[0][:-20] + b"\n" + lines[1])  # torn in the middle: that batch alone is lost
+    middle = environment()
+    assert middle.scores(QUERIES, PICKS) == wanted and middle.computed == 4
+    entries = json.loads(lines[0])
+    path.write_text(json.dumps([entries[0], entries[1] | {"rouge": 10**400}]))  # more than a float can hold
+    assert environment().known == train_rl.read_rewards(path) == {}
+    assert train_rl.read_rewards(tmp_path / "none.jsonl") == {}
 
 
-def test_the_key_holds_all_that_an_answer_depends_on(llm, tmp_path):
+def test_the_key_holds_all_that_an_answer_depends_on(environment):
     """Whatever changes an answer or a score must change the key, or old rewards are taken for new ones."""
     def other(field, where=0):
         changed = [dict(p) for p in POOL]
         changed[where][field] += " indeed"
         return changed
-    def key(query=QUERIES[0], picks=(0, 1), s=SETTINGS, **how):
-        return environment(llm, tmp_path / "none.jsonl", s, **how).key(query, picks)
-    keys = [key(), key(identity="model-2"), key(s=replace(SETTINGS, max_new_tokens=9)), key(picks=(1, 0)),
+    def key(query=QUERIES[0], picks=(0, 1), **how):
+        return environment(**how).key(query, picks)
+    keys = [key(), key(identity="model-2"), key(max_new_tokens=9), key(picks=(1, 0)),
             key(picks=(0,)), key(picks=()), key(pool=other("instruction")), key(pool=other("input")),
             key(pool=other("output")), key({**QUERIES[0], "output": "another reference"}),
             key({**QUERIES[0], "input": "another input"}), key({**QUERIES[0], "instruction": "Another."}),
             # the pool's answers set the mean and deviation of the semantic score, picked or not
             key(pool=other("output", where=5))]
     assert len(set(keys)) == len(keys)
-    assert key(s=replace(SETTINGS, textual=0.9, lr=1.0, seed=3, rollout_batch=1)) == keys[0]
     assert key({**QUERIES[0], "task": "renamed"}) == keys[0]
 
 
 # ---- whole runs --------------------------------------------------------------------------------------------
 
-TINY = {"adapter": "none", "m": 2, "hidden": 8, "steps": 3, "queries": 4, "samples": 3, "lr": 0.05,
-        "max_new_tokens": 6, "val_queries": 3, "eval_every": 1, "test_queries": 0, "random_seeds": 2,
-        "fixed_tries": 3, "device": "cpu", "dtype": "float32"}
+SMALL = {"ROLLOUT_BATCH": 4, "VAL_QUERIES": 3, "EVAL_EVERY": 1}
+TINY = {"adapter": "none", "m": 2, "steps": 3, "queries": 4, "samples": 3, "lr": 5e-3, "max_new_tokens": 6,
+        "test_queries": 0, "device": "cpu", "dtype": "float32"}
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """run(out_dir, **changes) -> (environment, trained matcher, picks drawn) of one tiny train_rl.main."""
+    """run(out_dir, **changes of TINY and SMALL) -> what one tiny train_rl.main showed: env, drawn (each
+    step's picks) and last (the weights after the last step; the best ones are in the folder)."""
     monkeypatch.setattr(prepare, "DATA", tmp_path / "data")
-    (tmp_path / "data").mkdir()
-    data = tiny.write_records(tmp_path / "mine.jsonl", tiny.records(60))
-    base = tiny.build(tmp_path / "base")
+    tiny.with_data(tmp_path)
+    home = {"base": str(tiny.build(tmp_path / "base", seed=6)), "data": str(tmp_path / "mine.jsonl")}
 
     def go(out, **changes):
-        seen = {"env": [], "matcher": [], "drawn": []}
-        class SpyEnvironment(Environment):
-            def __init__(self, *args, **kwargs):
-                super().__init__(*args, **kwargs)
-                seen["env"].append(self)
+        seen = SimpleNamespace(env=None, last=None, drawn=[])
+        def environment(*args):
+            seen.env = Environment(*args)
+            return seen.env
         class SpyMatcher(matching.Matcher):
-            def __init__(self, *args, **kwargs):
-                super().__init__(*args, **kwargs)
-                seen["matcher"].append(self)
-            def episodes(self, *args, **kwargs):
-                result = super().episodes(*args, **kwargs)
-                if kwargs.get("generator") is not None:
-                    seen["drawn"].append(result[0])
-                return result
+            def act(self, *args, **how):
+                acted = super().act(*args, **how)
+                seen.drawn += [acted[0]] if how.get("generator") else []
+                return acted
+            def load_state_dict(self, state):
+                seen.last = copy.deepcopy(self.state_dict())
+                return super().load_state_dict(state)
+        (tmp_path / out).mkdir(exist_ok=True)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train_rl, "Environment", SpyEnvironment)
-            patch.setattr(matching, "Matcher", SpyMatcher)
-            flags = {"base": str(base), "data": str(data), "out_dir": str(tmp_path / out)}
-            train_rl.main(Settings(**TINY | flags | changes))
-        return seen["env"][0], seen["matcher"][0], seen["drawn"]
+            patch.setattr(train_rl, "Environment", environment)
+            patch.setattr(train_rl, "Matcher", SpyMatcher)
+            for name, value in SMALL.items():
+                patch.setattr(train_rl, name, changes.pop(name, value))
+            train_rl.main(Settings(**TINY | home | {"out_dir": str(tmp_path / out)} | changes))
+        return seen
     return go
 
 
-ROWS = ["no prompt", "random", "best fixed", "same words (BM25)", "nearest (kNN)", "learned",
-        "best of LoRA's"]
+def split(home, name):
+    return read_records(next((home / "data").glob(f"*/{name}.jsonl")))
 
 
 def strict(text: str):
@@ -324,117 +365,102 @@ def strict(text: str):
     return json.loads(text, parse_constant=refuse)
 
 
-def test_run_end_to_end_and_again(run, tmp_path):
+def test_run_end_to_end_and_again(run, tmp_path, monkeypatch):
     """Two folders, one seed: the same bytes. The same command again: nothing computed, the same matcher."""
-    env, matcher, drawn = run("a")
-    out = tmp_path / "a"
+    def letters(a, b):  # random answers share no words
+        return 2 * len(set(a) & set(b)) / (len(set(a)) + len(set(b)))
+    monkeypatch.setattr(train_rl, "rouge_l", letters)
+    first, out = run("a"), tmp_path / "a"
     assert {f.name for f in out.iterdir()} == {"matcher.safetensors", "matcher.json", "rewards.jsonl",
-                                               "log.jsonl", "log.png", "table.json", "run.json"}
+                                               "log.jsonl", "table.json", "run.json"}
     lines = [strict(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2, 3]
-    assert all(0 <= line["reward"] <= 1 and 0 < line["entropy"] <= 1 for line in lines)
-    assert any(p.abs().max() > 0 for p in (matcher.prompt_tower.down.weight, matcher.state_tower.down.weight))
-    assert all(p.isfinite().all() for p in matcher.parameters())
-    table = strict((out / "table.json").read_text())
-    assert list(table["rows"]) == [ROWS[0], *ROWS[-3:-1]]
-    for name, row in table["rows"].items():  # the queries' own scores, for statistics of one's own
-        assert sum(table["rouge of each query"][name]) / 6 * 100 == pytest.approx(row["rouge_seen"], abs=0.01)
-    # what is kept is the best by validation: a step of the log, or step 0, which is kNN
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert all(0 <= line["reward"] <= 1 and 0 < line["entropy"] <= 1 for line in lines[1:])
+    assert any(first.last[f"{mlp}_mlp.down.weight"].abs().max() > 0 for mlp in ("prompt", "state"))
+    assert all(tensor.isfinite().all() for tensor in first.last.values())
+    # what is kept is the best by validation: a step of the log, which may be step 0, nearest
     kept, rewards = strict((out / "matcher.json").read_text()), [line["val_reward"] for line in lines]
-    assert kept["val_reward"] >= max(rewards) - 1e-5
-    assert kept["step"] == 0 or rewards[kept["step"] - 1] == pytest.approx(kept["val_reward"], abs=1e-5)
-    stored, _, _ = matching.load(out, kept["model_id"])
-    assert (stored.prompt_tower.down.weight.abs().max() == 0) == (kept["step"] == 0)
+    assert kept["val_reward"] == pytest.approx(max(rewards), abs=1e-5)
+    assert rewards[kept["step"]] == pytest.approx(kept["val_reward"], abs=1e-5)
+    stored, pool, m = matching.load(out, kept["model_id"])
+    assert (stored.prompt_mlp.down.weight.abs().max() == 0) == (kept["step"] == 0)
+    assert pool == split(tmp_path, "pool") and m == 2
 
-    _, twin, twin_drawn = run("b")
+    # the table is of what is kept, and of nothing that was not answered
+    table, env, test = strict((out / "table.json").read_text()), first.env, split(tmp_path, "test")
+    vectors, computed = matching.embed_records(env.model, env.tokenizer, test), env.computed
+    with torch.no_grad():
+        picks = {"no prompt": [[] for _ in test],
+                 "nearest": matching.nearest(vectors, stored.pool, 2).tolist(),
+                 "learned": stored.act(vectors, stored.pool, 2, greedy=True)[0].tolist()}
+    assert list(table["rows"]) == list(picks) and len(test) == 6
+    scores = {name: env.scores(test, picked) for name, picked in picks.items()}
+    assert env.computed == computed
+    def mean(name, key):
+        return sum(float(e[key]) for e in scores[name]) / 6 * 100
+    for name, row in table["rows"].items():
+        assert row["rouge"] == pytest.approx(mean(name, "rouge"), abs=0.01)
+        assert row["exact"] == pytest.approx(mean(name, "exact"), abs=0.01)
+        gap, low, high = row["minus nearest"]
+        assert gap == pytest.approx(mean(name, "rouge") - mean("nearest", "rouge"), abs=0.02)
+        assert low <= gap <= high and (name != "nearest" or low == high == 0)
+
+    # or this would have proved little: the best step is none of the ends, and the rows differ
+    assert 0 < kept["step"] < 3 and len({row["rouge"] for row in table["rows"].values()}) == 3
+
+    twin = run("b")
     for name in ("matcher.safetensors", "matcher.json", "rewards.jsonl"):
         assert (out / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    assert all(torch.equal(x, y) for x, y in zip(drawn, twin_drawn, strict=True))
-    assert all(torch.equal(x, y) for x, y in zip(matcher.parameters(), twin.parameters(), strict=True))
+    assert same(first.drawn, twin.drawn) and same(first.last.values(), twin.last.values())
 
     before = (out / "rewards.jsonl").read_bytes()
-    replayed, again, _ = run("a")
-    assert replayed.computed == 0 and replayed.asked > 0 and (out / "rewards.jsonl").read_bytes() == before
-    assert all(torch.equal(x, y) for x, y in zip(matcher.parameters(), again.parameters(), strict=True))
-    _, other, other_drawn = run("c", seed=7)
-    assert not all(torch.equal(x, y) for x, y in zip(drawn, other_drawn, strict=True))
-
-
-def test_eval_only_repeats_the_table_from_the_cache(run, tmp_path, capsys):
-    """Also with a pool of one's own, stored with the matcher: it need not be named again (trap 11)."""
-    mine = tiny.write_records(tmp_path / "pool.jsonl", tiny.records(75)[60:])
-    for out, given_pool in (("plain", {}), ("own", {"pool": str(mine)})):
-        run(out, **given_pool)
-        rows = json.loads((tmp_path / out / "table.json").read_text())["rows"]
-        assert list(rows) == [ROWS[0], *ROWS[-3:-1]]  # after training three ways, from --eval_only on all
-        run(out, eval_only=True)
-        every = json.loads((tmp_path / out / "table.json").read_text())["rows"]
-        assert list(every) == ROWS and every.items() >= rows.items()
-        assert every[ROWS[-1]]["rouge_seen"] >= max(every[name]["rouge_seen"] for name in ROWS[:-1])
-        weights = (tmp_path / out / "matcher.safetensors").read_bytes()
-        capsys.readouterr()
-        env, _, drawn = run(out, eval_only=True, m=1)  # m too is the trained matcher's
-        assert env.computed == 0 and env.asked > 0 and not drawn
-        assert json.loads((tmp_path / out / "table.json").read_text())["rows"] == every
-        assert (tmp_path / out / "matcher.safetensors").read_bytes() == weights
-        assert all(name in capsys.readouterr().out for name in ROWS[:1])
-    other = tiny.write_records(tmp_path / "other.jsonl", tiny.records(90)[75:])
-    env, _, _ = run("own", eval_only=True, pool=str(other))  # a --pool given with --eval_only replaces it
-    assert env.pool == tiny.records(90)[75:] and env.computed > 0
-
-
-def test_other_models_stand_in_the_table(run, tmp_path):
-    """--eval_only: the base alone and full fine-tuning beside LoRA, one judge for all of them."""
-    base, adapter, _ = tiny.trained(tmp_path)
-    tuned = tiny.build(tmp_path / "full", seed=3)
-    flags = {"base": str(base), "adapter": str(adapter), "full": str(tuned)}
-    run("out", **flags)
-    run("out", **flags, eval_only=True)
-    table = strict((tmp_path / "out" / "table.json").read_text())
-    others = ["base, no prompt", *(f"full fine-tuning, {way}" for way in ("no prompt", "nearest", "learned"))]
-    assert list(table["rows"]) == [*ROWS[:-1], *others, ROWS[-1]]
-    answers = [table["rows"][name] for name in ("no prompt", *others[:2], others[3])]
-    assert all(a != b for a, b in itertools.combinations(answers, 2))  # different models and ways
-    gaps = table["gaps"]
-    assert gaps["nearest (kNN)"]["seen minus nearest (kNN)"] == [0, 0, 0]
-    won, tied, lost = map(int, gaps["learned"]["won / tied / lost to kNN"].split(" / "))
-    assert won + tied + lost == 6 and gaps["no prompt"].keys() == gaps["learned"].keys()
+    again = run("a")
+    assert again.env.computed == 0 < again.env.asked and (out / "rewards.jsonl").read_bytes() == before
+    assert same(first.last.values(), again.last.values())
+    assert not same(first.drawn, run("c", seed=7).drawn)
 
 
 def test_evaluating_does_not_change_the_draws(run):
     """The policy's generator is its own: with validation at every step or not, it draws the same."""
-    often, seldom = run("often", eval_every=1)[2], run("seldom", eval_every=3)[2]
-    assert len(often) == 3 and all(torch.equal(a, b) for a, b in zip(often, seldom, strict=True))
+    often, seldom = (run(str(every), EVAL_EVERY=every).drawn for every in (1, 3))
+    assert len(often) == 3 and same(often, seldom)
 
 
-def test_a_query_never_gets_itself(run, tmp_path):
-    """Trap 11: the pool is made of the very queries; no way to pick may show a query its own answer."""
-    run("plain", steps=1)  # writes the splits
-    [folder] = (tmp_path / "data").iterdir()
-    queries = [read_records(folder / f"{split}.jsonl") for split in ("val", "test", "rl")]
-    pool = [q for part in queries for q in part[:4]]
-    asked = []
-    class Spy(Environment):
-        def scores(self, queries, picks):
-            for query, picked in zip(queries, picks, strict=True):
-                asked.append((query["input"], [self.pool[j]["input"] for j in picked]))
-            return super().scores(queries, picks)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(globals(), "Environment", Spy)
-        run("itself", pool=str(tiny.write_records(tmp_path / "pool.jsonl", pool)))
-    assert sum(len(picks) for _, picks in asked) > 100
-    assert [question for question, picks in asked if question in picks] == []
+def test_a_query_never_gets_itself(run, tmp_path, capsys):
+    """Trap 11: a pool made of the queries; none of them may be picked, for itself or for another."""
+    queries = [q for name in ("val", "test", "rl") for q in split(tmp_path, name)]
+    others = tiny.records(75)[60:]
+    file = tiny.write_records(tmp_path / "pool.jsonl", queries + others)
+    seen = run("own", pool=str(file))
+    assert seen.env.pool == others and seen.env.asked > 50
+    assert f"{len(queries)} of {len(queries) + 15} prompts are left out: " in capsys.readouterr().out
+    kept = strict((tmp_path / "own" / "matcher.json").read_text())
+    assert matching.load(tmp_path / "own", kept["model_id"])[1:] == (others, 2)  # it need not be named again
+
+
+@pytest.mark.parametrize("left, changes, words", [
+    (2, {}, "pool.jsonl: 2 prompts are too few to choose 2; lower --m"),  # no choice is left either
+    (9, {"m": 4}, "--candidates 4 must be above --m 4: else there is no choice"),
+])
+def test_a_policy_without_a_choice_is_refused(run, tmp_path, left, changes, words):
+    pool = split(tmp_path, "val") + tiny.records(60 + left)[60:]
+    with pytest.raises(ValueError, match=words):
+        run("none", pool=str(tiny.write_records(tmp_path / "pool.jsonl", pool)), **changes)
 
 
 def test_two_processes_are_one(run, tmp_path):
     """torchrun: the LLM's answers are shared out, so everything else is what one process would have made."""
-    one = {"rollout_batch": 2, "max_new_tokens": 4}
-    run("one", **one)
-    tiny.two_processes("train_rl", tmp_path, TINY | one | {
-        "base": tmp_path / "base", "data": tmp_path / "mine.jsonl", "out_dir": tmp_path / "two"})
+    run("one", ROLLOUT_BATCH=2, max_new_tokens=4)
+    (tmp_path / "small.py").write_text(
+        "import train_rl\nfrom train_rl import Settings, main\n"
+        f"vars(train_rl).update({SMALL | {'ROLLOUT_BATCH': 2}})\n")
+    tiny.two_processes("small", tmp_path, TINY | {
+        "max_new_tokens": 4, "base": tmp_path / "base", "data": tmp_path / "mine.jsonl",
+        "out_dir": tmp_path / "two"})
     a, b = tmp_path / "one", tmp_path / "two"
     assert {f.name for f in a.iterdir()} == {f.name for f in b.iterdir()}
-    for name in ("matcher.safetensors", "matcher.json"):
+    for name in ("matcher.safetensors", "matcher.json", "rewards.jsonl"):
         assert (a / name).read_bytes() == (b / name).read_bytes()
-    rewards = [sorted((folder / "rewards.jsonl").read_text().splitlines()) for folder in (a, b)]
-    assert rewards[0] == rewards[1] and len(rewards[0]) > 30
+    rows = [strict((folder / "table.json").read_text())["rows"] for folder in (a, b)]
+    assert rows[0] == rows[1]
+    assert len(train_rl.read_rewards(a / "rewards.jsonl")) > 30

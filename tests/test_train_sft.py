@@ -5,24 +5,24 @@
 import json
 import random
 import signal
-import sys
-from pathlib import Path
 
+import peft
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file
+import transformers
+from safetensors.torch import load_file, save_file
 
 import lora
-import matcher
 import model as llama
 import train_sft
-from data import prepare
+from data import cli, files, prepare
 from data.instructions import TEMPLATE, collate, training_example
 from data.tokenizer import Tokenizer
-from train_sft import Settings, answer_loss, epoch_steps, micro_batches, pick_exemplars
+from train_sft import Settings, answer_loss, epoch_steps, micro_batches, pick_prompts
 
-ROOT = Path(__file__).resolve().parent.parent
+SMALL = {"r": 4, "shots": 2, "batch_size": 4, "epochs": 2, "lr": 1e-2, "device": "cpu", "dtype": "float32"}
+IDS = torch.arange(5, 45)[None]
 
 
 @pytest.fixture(scope="module")
@@ -34,27 +34,12 @@ def base(tmp_path_factory):
 def run(base, tmp_path, monkeypatch):
     """run(out_dir, **changes): one tiny train_sft.main; 60 records make 30 for sft, 8 steps an epoch."""
     monkeypatch.setattr(prepare, "DATA", tmp_path / "data")
+    monkeypatch.setattr(train_sft, "EVAL_EVERY", 5)
     (tmp_path / "data").mkdir()
     tiny.write_records(tmp_path / "mine.jsonl", tiny.records(60))
-    def go(out, **changes):
-        train_sft.main(
-            Settings(
-                **{
-                    "base": str(base),
-                    "data": str(tmp_path / "mine.jsonl"),
-                    "out_dir": str(tmp_path / out),
-                    "r": 4,
-                    "shots": 2,
-                    "batch_size": 4,
-                    "epochs": 2,
-                    "lr": 1e-2,
-                    "eval_every": 5,
-                    "device": "cpu",
-                    "dtype": "float32",
-                }
-                | changes
-            )
-        )
+    def go(out, main=train_sft.main, **changes):
+        where = {"base": str(base), "data": str(tmp_path / "mine.jsonl"), "out_dir": str(tmp_path / out)}
+        main(Settings(**where | SMALL | changes))
         return tmp_path / out
     return go
 
@@ -67,6 +52,10 @@ def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def same_files(one, other, name="adapter_model.safetensors") -> bool:
+    return same(load_file(one / name), load_file(other / name))
+
+
 # ---- the parts ---------------------------------------------------------------------------------------------
 
 def test_epoch_steps_depend_on_seed_and_epoch_alone(base):
@@ -75,8 +64,7 @@ def test_epoch_steps_depend_on_seed_and_epoch_alone(base):
     def epoch(n, **changes):
         random.seed(n * 17)  # the global generators must not matter
         torch.manual_seed(n * 17)
-        s = Settings(batch_size=4, shots=2, **changes)
-        return epoch_steps(records, tokenizer, s, n)
+        return epoch_steps(records, tokenizer, Settings(batch_size=4, shots=2, **changes), n, 512)
     first = epoch(0)
     epoch(5)
     assert epoch(0) == first
@@ -99,14 +87,15 @@ def test_micro_batches_hold_to_the_tokens_and_lose_no_record():
     assert sum((targets >= 0).sum().item() for _, targets in pieces) == 12
     assert [len(ids) for ids, _ in micro_batches(examples, 1)] == [1] * 6  # never less than one record
     assert len(micro_batches(examples, 6 * 70)) == 1
+    assert micro_batches([], 140) == []  # torchrun's second process, when a step has one record
 
 
-def test_exemplars_are_never_the_record_itself():
+def test_prompts_are_never_the_record_itself(monkeypatch):
     """Trap 11, in training: the answer would stand before the question, and copying it be learned."""
     records = tiny.records(6)
     rng, counts, own = random.Random(0), [], 0
     for i in [0, 3] * 2000:
-        picked = pick_exemplars(records, i, 3, 0.5, rng)
+        picked = pick_prompts(records, i, 3, rng)
         assert records[i] not in picked
         counts.append(len(picked))
         own += sum(p["task"] == records[i]["task"] for p in picked)
@@ -114,7 +103,10 @@ def test_exemplars_are_never_the_record_itself():
     assert counts.count(0) / 4000 == pytest.approx(0.5, abs=0.04)
     # three in four of the own task by design, and of the "any" quarter 2 of 5 by chance
     assert own / sum(counts) == pytest.approx(0.75 + 0.25 * 2 / 5, abs=0.03)
-    assert pick_exemplars(records, 0, 0, 1.0, rng) == [] == pick_exemplars(records, 0, 3, 0.0, rng)
+    monkeypatch.setattr(train_sft, "SHOTS_SHARE", 1.0)
+    assert pick_prompts(records, 0, 0, rng) == [] == pick_prompts(records[:1], 0, 3, rng)
+    monkeypatch.setattr(train_sft, "SHOTS_SHARE", 0.0)
+    assert pick_prompts(records, 0, 3, rng) == []
 
 
 def test_answer_loss_is_the_log_likelihood_of_the_answers(base):
@@ -124,14 +116,14 @@ def test_answer_loss_is_the_log_likelihood_of_the_answers(base):
     wanted = 0.0
     for ids, n in examples:
         assert ids[-1] == tokenizer.eos == 0
-        log_probs = model.head(model(torch.tensor([ids])))[0].log_softmax(-1)
+        log_probs = model.logits(model(torch.tensor([ids])))[0].log_softmax(-1)
         wanted -= sum(log_probs[t - 1, ids[t]].item() for t in range(len(ids) - n, len(ids)))
     assert answer_loss(model, *collate(examples)).item() == pytest.approx(wanted, rel=1e-5)
 
 
-def test_learning_rate_rises_and_falls_to_a_tenth():
-    s = Settings(lr=2.0, warmup=0.1)
-    rates = [train_sft.learning_rate(step, 100, s) for step in range(101)]
+def test_learning_rate_rises_and_falls_to_a_tenth(monkeypatch):
+    monkeypatch.setattr(train_sft, "WARMUP", 0.1)
+    rates = [train_sft.learning_rate(step, 100, 2.0) for step in range(101)]
     assert rates[:11] == pytest.approx([0.2 * k for k in range(1, 11)] + [2.0])
     assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
     assert (rates[55], rates[100]) == pytest.approx((1.1, 0.2))  # half-way down, and the end
@@ -143,17 +135,16 @@ def test_gradient_accumulation_is_one_large_batch(run, tmp_path, monkeypatch):
     """Trap 3: 8 micro-batches of one record give the gradient of one batch of 8, though their answers
     differ in length; a mean of the micro-batches' means does not."""
     tiny.write_records(tmp_path / "mine.jsonl", tiny.records(14))  # 8 of them for sft: an epoch is one step
-    gradients, clip = [], torch.nn.utils.clip_grad_norm_
+    gradients, sums, clip = [], [], torch.nn.utils.clip_grad_norm_
     def spy(parameters, limit):
         gradients.append([p.grad.clone() for p in parameters])
         return clip(parameters, limit)
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
-    sums = []
     def spy_loss(model, ids, targets):
         loss = answer_loss(model, ids, targets)
         if loss.requires_grad:
-            sums.append((loss.item(), (targets >= 0).sum().item(), ids.size(1)))
+            sums.append((loss.item(), (targets >= 0).sum().item()))
         return loss
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
     monkeypatch.setattr(train_sft, "answer_loss", spy_loss)
     one = run("one", batch_size=8, epochs=1, micro_tokens=10**6)
     eight = run("eight", batch_size=8, epochs=1, micro_tokens=1)
@@ -163,22 +154,29 @@ def test_gradient_accumulation_is_one_large_batch(run, tmp_path, monkeypatch):
     assert max(g.abs().max() for g in gradients[0]) > 1e-2
     [a], [b] = log(one), log(eight)
     assert a["loss"] == pytest.approx(b["loss"], abs=2e-4) and a["tokens"] == b["tokens"]
-    mean_of_means = sum(total / n for total, n, _ in sums[1:]) / len(sums[1:])
+    mean_of_means = sum(total / n for total, n in sums[1:]) / len(sums[1:])
     assert abs(mean_of_means - a["loss"]) > 5e-3  # so the test could have told
 
 
 def test_a_resumed_run_is_bitwise_the_run(run):
-    """10 steps, against 5 and a resume for 5 more; across the end of an epoch (8 steps)."""
-    whole = run("whole", max_steps=10)
-    halves = run("halves", max_steps=5)
-    assert not same(*(load_file(f / "adapter_model.safetensors") for f in (whole, halves)))
+    """10 steps, against 5 and a resume for 5 more; across the end of an epoch (8 steps). Log lines after the
+    last save (a kill came before the next) are dropped; tokens and seconds add up."""
+    whole, halves = run("whole", max_steps=10), run("halves", max_steps=5)
+    assert not same_files(whole, halves)
+    with open(halves / "log.jsonl", "a") as file:
+        file.write('{"step": 6, "loss": 9.9}\n{"step": 7, "lo')
     run("halves", max_steps=10, resume=True)
-    for name in ("adapter_model.safetensors", "state.safetensors"):
-        assert same(*(load_file(folder / name) for folder in (whole, halves)))
-    keys = ("step", "loss", "lr", "grad_norm", "val_loss")
+    assert same_files(whole, halves)
+    states = [load_file(folder / "state.safetensors") for folder in (whole, halves)]
+    seconds = [state["progress"][2].item() for state in states]
+    assert [state.pop("progress")[:2].tolist() for state in states] == [[10, log(whole)[-1]["tokens"]]] * 2
+    assert same(*states) and seconds == [log(folder)[-1]["seconds"] for folder in (whole, halves)]
+    keys = ("step", "loss", "lr", "grad_norm", "val_loss", "tokens")
     assert [{k: line.get(k) for k in keys} for line in log(whole)] == [
         {k: line.get(k) for k in keys} for line in log(halves)]
     assert [line["step"] for line in log(halves)] == list(range(1, 11))
+    seconds = [line["seconds"] for line in log(halves)]
+    assert seconds == sorted(seconds)
     assert not list(halves.glob("*.tmp"))
 
 
@@ -186,7 +184,7 @@ def test_full_run_resumes_bitwise_too(run):
     whole = run("whole", max_steps=4, full=True, lr=1e-3)
     run("halves", max_steps=2, full=True, lr=1e-3)
     halves = run("halves", max_steps=4, full=True, lr=1e-3, resume=True)
-    assert same(*(load_file(folder / "model.safetensors") for folder in (whole, halves)))
+    assert same_files(whole, halves, "model.safetensors")
 
 
 def ctrl_c_in_call(n):
@@ -202,52 +200,56 @@ def ctrl_c_in_call(n):
 
 @pytest.mark.parametrize("call", [1, 7])
 def test_an_interrupted_run_saves_and_resumes(run, monkeypatch, capsys, call):
-    """Ctrl-C in a step: the step is finished and saved, and the resumed run is the whole run."""
-    whole = run("whole", max_steps=10, eval_every=100, micro_tokens=10**6)
-    handler = signal.getsignal(signal.SIGINT)
+    """Ctrl-C in a step: the step is finished and saved, the exit status is 130, and the resumed run is the
+    whole run."""
+    monkeypatch.setattr(train_sft, "EVAL_EVERY", 100)
+    how = {"max_steps": 10, "micro_tokens": 10**6}  # a step is one call
+    whole, handler = run("whole", **how), signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         patch.setattr(train_sft, "answer_loss", ctrl_c_in_call(call))
-        with pytest.raises(KeyboardInterrupt):
-            run("broken", max_steps=10, eval_every=100, micro_tokens=10**6)  # a step is one call
-    assert f"stopped after step {call}" in capsys.readouterr().out
+        def through_cli(settings):
+            patch.setattr(cli, "parse", lambda *_: settings)
+            cli.cli(Settings, train_sft.main)
+        with pytest.raises(SystemExit) as ended:
+            run("broken", through_cli, **how)
+    assert ended.value.code == 130 and f"stopped after step {call}," in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) is handler
-    broken = run("broken", max_steps=10, eval_every=100, micro_tokens=10**6, resume=True)
-    assert same(*(load_file(folder / "adapter_model.safetensors") for folder in (whole, broken)))
+    assert same_files(whole, run("broken", resume=True, **how))
 
 
-def test_the_log_of_a_resumed_run_goes_on(run):
-    """Lines after the last save (a kill came before the next) are dropped; tokens and seconds add up."""
-    whole, halves = run("whole", max_steps=10), run("halves", max_steps=5)
-    with open(halves / "log.jsonl", "a") as file:
-        file.write('{"step": 6, "loss": 9.9}\n{"step": 7, "lo')
-    run("halves", max_steps=10, resume=True)
-    assert [line["step"] for line in log(halves)] == list(range(1, 11))
-    assert [line["tokens"] for line in log(halves)] == [line["tokens"] for line in log(whole)]
-    seconds = [line["seconds"] for line in log(halves)]
-    assert seconds == sorted(seconds)
-
-
-def test_exit_status_130_after_an_interrupt(base, tmp_path, monkeypatch, run):
-    monkeypatch.setattr(train_sft, "answer_loss", ctrl_c_in_call(1))
-    flags = {"base": base, "data": tmp_path / "mine.jsonl", "out_dir": tmp_path / "out", "device": "cpu",
-             "dtype": "float32"}
-    monkeypatch.setattr(sys, "argv", ["train_sft.py"] + [f"--{k}={v}" for k, v in flags.items()])
-    with pytest.raises(SystemExit) as ended:
-        prepare.cli(Settings, train_sft.main)
-    assert ended.value.code == 130
-
-
-def test_resume_refuses_other_settings(run, tmp_path):
-    run("out", max_steps=2)
-    with pytest.raises(ValueError, match=r"\['r', 'lr'\]") as error:
+def test_resume_refuses_other_settings(run, capsys):
+    """Without a state a run that was killed before its first save starts again; no run at all is an error."""
+    out = run("out", max_steps=2)
+    with pytest.raises(ValueError, match=r"state.safetensors: .* other settings for \['r', 'lr'\]") as error:
         run("out", resume=True, lr=1e-3, r=2)
     assert "\n" not in str(error.value)
-    with pytest.raises(FileNotFoundError, match="state.safetensors"):
+    with pytest.raises(FileNotFoundError, match="nothing: there is no run to resume"):
         run("nothing", resume=True)
+    before = load_file(out / "adapter_model.safetensors")
+    (out / "state.safetensors").unlink()
+    run("out", max_steps=2, resume=True)
+    assert "had not saved anything yet" in capsys.readouterr().out
+    assert same(load_file(out / "adapter_model.safetensors"), before) and len(log(out)) == 2
 
 
-def test_log_is_json_lines_with_what_is_needed_to_plot(run):
-    lines = log(run("out", epochs=1, max_length=200))
+@pytest.mark.parametrize("name, change, sentence", [
+    ("progress", None, "1 tensors are missing, e.g. 'progress'"),
+    ("progress", torch.zeros(2), r"tensor 'progress' is torch.float32 \[2\], but floats \[3\] are needed"),
+    ("exp_avg.layers.1.mlp.down_proj.A", torch.full((4, 96), torch.nan),
+     "tensor 'exp_avg.layers.1.mlp.down_proj.A' is not finite everywhere"),
+    ("step.norm.weight", torch.zeros(()), r"unexpected tensor 'step.norm.weight' \(not part of it\)")])
+def test_a_broken_state_is_refused_by_name(run, name, change, sentence):
+    """Every tensor of the state goes through the one checker, progress as well."""
+    file = run("out", max_steps=2) / "state.safetensors"
+    metadata, tensors = files.read_metadata(file), load_file(file) | {name: change}
+    save_file({n: t for n, t in tensors.items() if t is not None}, file, metadata)
+    with pytest.raises(ValueError, match=f"state.safetensors: {sentence}; train without --resume"):
+        run("out", max_steps=4, resume=True)
+
+
+def test_log_is_json_lines_with_what_is_needed_to_plot(run, monkeypatch):
+    monkeypatch.setattr(train_sft, "MAX_LENGTH", 200)
+    lines = log(run("out", epochs=1))
     assert [line["step"] for line in lines] == list(range(1, 9))
     assert all({"loss", "lr", "grad_norm", "tokens", "seconds"} <= line.keys() for line in lines)
     assert [line["step"] for line in lines if "val_loss" in line] == [5, 8]
@@ -259,31 +261,28 @@ def test_training_lowers_the_loss(run):
     assert lines[-1]["val_loss"] < 0.8 * lines[0]["loss"]
 
 
-@pytest.mark.parametrize("how", [{}, {"no_int8": True}, {"targets": "q_proj,v_proj"}])
-def test_lora_leaves_the_base_alone_and_can_be_loaded(run, base, how, monkeypatch):
+@torch.no_grad()
+@pytest.mark.parametrize("no_int8", [False, True])
+def test_lora_leaves_the_base_alone_and_can_be_loaded(run, base, no_int8, monkeypatch):
     """int8 or not: after training the base's bits are what they were; load_tuned gives the trained model."""
-    kept, add = [], lora.add_lora
-    def spy(model, *args):
-        before = {n: t.clone() for n, t in model.state_dict().items()}
-        trained = add(model, *args)
-        kept.append((model, before))
-        return trained
-    file = (base / "model.safetensors").read_bytes()
-    with monkeypatch.context() as patch:
-        patch.setattr(lora, "add_lora", spy)
-        out = run("out", max_steps=3, **how)
+    kept, file = [], (base / "model.safetensors").read_bytes()
+    def spy(model, *args, **kwargs):
+        kept.append((model, {n: t.clone() for n, t in model.state_dict().items()}))
+        return lora.add_lora(model, *args, **kwargs)
+    monkeypatch.setattr(train_sft, "add_lora", spy)
+    with torch.enable_grad():
+        out = run("out", max_steps=3, no_int8=no_int8)
     [(model, before)] = kept
     after = {name.replace(".base.", "."): tensor for name, tensor in model.state_dict().items()
              if not name.endswith((".A", ".B"))}
     assert same(before, after) and (base / "model.safetensors").read_bytes() == file
+    assert any(t.dtype == torch.int8 for t in before.values()) != no_int8
     layers = lora.lora_layers(model)
-    assert len(layers) == 2 * (2 if "targets" in how else 7)
+    assert len(layers) == 2 * 7
     assert all(layer.B.abs().max() > 0 for layer in layers.values())
-    tuned, _ = matcher.load_tuned(base, str(out), TEMPLATE, torch.float32, "cpu")
-    ids = torch.arange(5, 45)[None]
-    with torch.no_grad():
-        torch.testing.assert_close(tuned(ids), model(ids), rtol=1e-4, atol=1e-5)
-        assert (tuned(ids) - llama.load(base)(ids)).abs().max() > 0.01
+    tuned, _ = lora.load_tuned(base, str(out), TEMPLATE, torch.float32, "cpu")
+    torch.testing.assert_close(tuned(IDS), model(IDS), rtol=1e-4, atol=1e-5)
+    assert (tuned(IDS) - llama.load(base)(IDS)).abs().max() > 0.01
 
 
 def test_full_trains_all_weights_into_a_folder_of_its_own(run, base):
@@ -294,21 +293,16 @@ def test_full_trains_all_weights_into_a_folder_of_its_own(run, base):
     assert all(not torch.equal(before[name], after[name]) for name in before)
     assert not (out / "adapter_model.safetensors").exists()
     run("again", base=str(out), max_steps=1)
-    import transformers
-    ids = torch.arange(5, 45)[None]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     model = llama.load(out)
     with torch.no_grad():
-        torch.testing.assert_close(model.head(model(ids)), theirs(ids).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model.logits(model(IDS)), theirs(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_three_steps_equal_transformers_and_peft(run, base, tmp_path):
     """The same batches through Hugging Face's model, PEFT's LoRA and torch's AdamW, from the same A: the same
     losses and the same adapter. Nothing of ours but the batches takes part on the other side."""
-    import peft
-    import transformers
-    how = {"no_int8": True, "epochs": 1, "max_steps": 3, "shots": 1, "micro_tokens": 500}
-    out = run("ours", **how)
+    out = run("ours", no_int8=True, epochs=1, max_steps=3, shots=1, micro_tokens=500)
     s = Settings(batch_size=4, shots=1, epochs=1, lr=1e-2)
     [folder] = (tmp_path / "data").iterdir()
     records = [json.loads(line) for line in (folder / "sft.jsonl").read_text().splitlines()]
@@ -325,7 +319,7 @@ def test_three_steps_equal_transformers_and_peft(run, base, tmp_path):
     trained = [p for p in theirs.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=s.lr, betas=(0.9, 0.95), weight_decay=0.0)
     lines = log(out)
-    for line, examples in zip(lines, epoch_steps(records, Tokenizer(base), s, 0), strict=False):
+    for line, examples in zip(lines, epoch_steps(records, Tokenizer(base), s, 0, 512), strict=False):
         n = sum(n for _, n in examples)
         total = 0.0
         for ids, length in examples:  # one by one: no padding at all on this side
@@ -346,16 +340,15 @@ def test_three_steps_equal_transformers_and_peft(run, base, tmp_path):
         torch.testing.assert_close(ours[name], wanted[name], rtol=1e-2, atol=2e-4)
 
 
-def test_two_processes_are_one(run, base, tmp_path):
+def test_two_processes_are_one(run, base, tmp_path, monkeypatch):
     """torchrun with two processes: each takes half of a step's records, and the losses and the adapter are
     those of one process, but for the order in which the sums are made."""
-    one = run("one", max_steps=6)
-    flags = {"base": base, "data": tmp_path / "mine.jsonl", "out_dir": tmp_path / "two", "r": 4, "shots": 2,
-             "batch_size": 4, "epochs": 2, "lr": 1e-2, "eval_every": 5, "max_steps": 6, "device": "cpu",
-             "dtype": "float32"}
+    monkeypatch.setattr(train_sft, "EVAL_EVERY", 40)  # as in the two processes
+    how = {"epochs": 6, "max_steps": 41}
+    one, two = run("one", **how), tmp_path / "two"
+    flags = SMALL | {"base": base, "data": tmp_path / "mine.jsonl", "out_dir": two} | how
     ended = tiny.two_processes("train_sft", tmp_path, flags)
-    assert ended.stdout.count("step 6/6") == 1  # the first process speaks for both
-    two = tmp_path / "two"
+    assert ended.stdout.count("step 41/41") == 1  # the first process speaks for both
     assert {f.name for f in two.iterdir()} == {f.name for f in one.iterdir()}
     for a, b in zip(log(one), log(two), strict=True):
         assert (a["step"], a["tokens"], a["lr"]) == (b["step"], b["tokens"], b["lr"])

@@ -92,12 +92,12 @@ def trained(home: Path) -> tuple[Path, Path, Path]:
     lora.add_lora(model, 2, 4.0, generator=generator)
     for layer in lora.lora_layers(model).values():
         layer.B.data.copy_(0.2 * torch.randn(layer.B.shape, generator=generator))
-    lora.save_adapter(model, home / "sft", str(base), llama.fingerprint(base), TEMPLATE)
-    tuned, model_id = matching.load_tuned(base, str(home / "sft"), TEMPLATE, torch.float32, "cpu")
-    matcher = matching.Matcher(matching.embed_records(tuned, Tokenizer(base), POOL), hidden=4, scale=3.0,
-                               generator=generator)
-    for tower in (matcher.prompt_tower, matcher.state_tower):
-        tower.down.weight.data.copy_(torch.randn(tower.down.weight.shape, generator=generator))
+    lora.save_adapter(model, home / "sft", str(base), prepare.fingerprint(base), TEMPLATE)
+    tuned, model_id = lora.load_tuned(base, str(home / "sft"), TEMPLATE, torch.float32, "cpu")
+    vectors = matching.embed_records(tuned, Tokenizer(base), POOL)
+    matcher = matching.Matcher(vectors, hidden=4, logit_scale=3.0, generator=generator)
+    for mlp in (matcher.prompt_mlp, matcher.state_mlp):
+        mlp.down.weight.data.copy_(torch.randn(mlp.down.weight.shape, generator=generator))
     matching.save(matcher, home / "rl", POOL, 2, model_id)
     return base, home / "sft", home / "rl"
 
@@ -149,7 +149,7 @@ def two_processes(script: str, home: Path, flags: dict) -> subprocess.CompletedP
     file = home / "run.py"
     file.write_text(f"import sys, pathlib\nsys.path.insert(0, {str(ROOT)!r})\nimport {script} as script\n"
                     f"from data import prepare\nprepare.DATA = pathlib.Path({str(home / 'data')!r})\n"
-                    "prepare.cli(script.Settings, script.main)\n")
+                    "from data import cli\ncli.cli(script.Settings, script.main)\n")
     ended = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--",
          str(file), *(f"--{k}={v}" for k, v in flags.items())],

@@ -1,0 +1,142 @@
+"""Plumbing of the scripts: settings -> flags and --help, errors -> one sentence, device, torchrun, run.json.
+
+A script has one dataclass of settings, whose fields are made by `opt`, and a function main(settings); it ends
+with cli(Settings, main). Nothing of the method lives here.
+"""
+import dataclasses
+import os
+import re
+import shutil
+import subprocess
+import sys
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from data.files import lock_folder
+
+# oneDNN keeps its last 1,024 kernels, and batches of ever new lengths make ever new ones. 64 are enough for
+# one length and halve the peak memory (assets/EXPERIMENTS.md). Both are read at the first matrix product.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
+
+
+# ---- settings and errors ---------------------------------------------------------------------------------
+
+def opt(default, help: str, least: float = 0):
+    """A field of a settings dataclass: its default (and with it the flag's type), its line in --help, and its
+    least value if it is a number."""
+    return dataclasses.field(default=default, metadata={"help": help, "least": least})
+
+
+def parse(settings: type, doc: str):
+    """The command line as an instance of `settings`: one --flag for each field."""
+    class Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+        """Shows defaults and keeps line breaks."""
+    examples = [line for line in doc.splitlines() if line.startswith("    python ")]
+    parser = ArgumentParser(description=doc.split("\n\n")[0], epilog="\n".join(["for example:", *examples]),
+                            formatter_class=Help)
+    parser.error = lambda message: sys.exit(f"{parser.prog}: {message}; see --help")
+    for field in dataclasses.fields(settings):
+        kind = type(field.default)
+        # type=bool would read "--flag False" as True: a flag that defaults to False is a switch
+        how = {"action": "store_true"} if kind is bool else {"type": kind, "metavar": kind.__name__.upper()}
+        help = field.metadata["help"].replace("%", "%%")  # argparse formats it with %
+        parser.add_argument(f"--{field.name}", default=field.default, help=help, **how)
+    return settings(**vars(parser.parse_args()))
+
+
+def cli(settings: type, main: Callable) -> None:
+    """Parses the command line and calls main(settings).
+
+    An error that a user can cause (ValueError, OSError, out of memory) ends in one line and status 1; any
+    other error is our bug and shows its traceback.
+    """
+    s = parse(settings, (sys.modules[main.__module__].__doc__ or "").strip())
+    name, out = Path(sys.argv[0]).name, getattr(s, "out_dir", "")
+    again = f"; finished work is kept in {out}: run it again" + " with --resume" * hasattr(s, "resume")
+    kept = again if out else ""
+    try:
+        for field in dataclasses.fields(s):
+            value, least = getattr(s, field.name), field.metadata["least"]
+            if isinstance(value, int | float) and not least <= value < 1 << 62:  # refuses NaN too
+                raise ValueError(f"--{field.name} {value}: must be a number from {least:g} on; see --help.")
+        with lock_folder(Path(out)) if out and os.environ.get("RANK", "0") == "0" else nullcontext():
+            main(s)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, RuntimeError | MemoryError):
+            if isinstance(error, RuntimeError) and "memory" not in text:
+                raise
+            text = f"out of memory ({text[:90]}); use a smaller model or fewer tokens at once{kept}"
+        elif getattr(error, "errno", None):  # the system's own words name no remedy
+            text = f"{error.filename or out}: {error.strerror}; fix that{kept or ' and run it again'}"
+        # A broken file may hold a long text, or control characters that would steer the terminal.
+        sys.exit(f"{name}: " + "".join(c if c.isprintable() else "?" for c in text[:600]))
+    except KeyboardInterrupt:
+        print(f"\n{name}: stopped{kept}", file=sys.stderr)
+        sys.exit(130)  # 128 + SIGINT, what a shell expects
+
+
+def run_record(settings, data: Path, base_id: str) -> dict:
+    """For run.json beside every output: the same settings, versions and files on the same machine give the
+    same bits. Nothing in it depends on the time."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+                         cwd=Path(__file__).parent, capture_output=True, text=True
+                         ) if shutil.which("git") else None
+    return {"settings": dataclasses.asdict(settings), "base_id": base_id,
+            "commit": git.stdout.strip() if git else "",
+            "versions": {"python": sys.version.split()[0]} | {
+                name: version(name) for name in ("torch", "safetensors", "tiktoken", "numpy")},
+            "data": {file.name: sha256(file.read_bytes()).hexdigest()
+                     for file in sorted(data.glob("*.jsonl"))}}
+
+
+# ---- the machine -----------------------------------------------------------------------------------------
+
+def pick_device(device: str, dtype: str = "auto") -> tuple[str, torch.dtype]:
+    """What --device and --dtype mean on this machine. "auto" is cuda where there is one, and bfloat16 where
+    the processor multiplies it natively: emulated bf16 is several times slower than float32."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device) or dtype not in ("auto", "bfloat16", "float32"):
+        raise ValueError(f"--device {device} --dtype {dtype}: choose auto, cpu, cuda or mps, and auto, "
+                         "bfloat16 or float32.")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = device.partition(":")
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if int(number or 0) >= there[kind]:
+        raise ValueError(f"--device {device}: this machine (or this PyTorch) has none; choose cpu.")
+    if dtype == "auto":
+        cpu = torch.cpu.get_capabilities() if device == "cpu" else {}
+        native = torch.cuda.is_bf16_supported() if "cuda" in device else (
+            cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+        dtype = "bfloat16" if native else "float32"
+    return device, getattr(torch, dtype)
+
+
+def join_torchrun(device: str) -> tuple[int, int, str]:
+    """(rank, world, device): which of torchrun's processes this is, of how many, and where it computes.
+    Without torchrun: process 0 of 1."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+        if rank:
+            sys.stdout = open(os.devnull, "w")  # process 0 prints, fetches, logs and saves for all
+    return rank, world, device
+
+
+@contextmanager
+def main_process_first(rank: int, world: int) -> Iterator[None]:
+    """Process 0 goes through the body before the others, who then find what it has fetched."""
+    if rank:
+        dist.barrier()
+    yield
+    if world > 1 and rank == 0:
+        dist.barrier()
