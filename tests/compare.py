@@ -7,7 +7,9 @@ A row of the table is an LLM together with a way to choose its prompts:
     full fine-tuning   no prompt, nearest, learned     is LoRA as good? (only if the folder --full exists)
 
 "best of LoRA's" is an oracle: for each query it takes the best answer of LoRA's rows, by the reference.
-"Seen" are the adapter's training tasks. What train_rl.py has answered is known from its rewards.jsonl.
+"Seen" are the adapter's training tasks. The default data's marks.json says what each record is: from it come
+the groups of wordings and styles, and the rows that are told the right task. What train_rl.py has answered is
+known from its rewards.jsonl.
 
     python tests/compare.py --test_queries 0   # out/sft and out/rl on the whole test split: table.json
     python tests/compare.py --runs out/compare,out/compare_2   # the mean over two seeds' tables: runs.json
@@ -15,6 +17,7 @@ A row of the table is an LLM together with a way to choose its prompts:
 Letters: N test queries, P prompts, C width of the LLM, m picks, R runs.
 """
 import math
+import random
 import re
 import sys
 from collections import Counter
@@ -53,6 +56,7 @@ class Settings:
 
 
 SELECTORS = ("no prompt", "random", "best fixed", "same words (BM25)", "nearest", "learned")
+RIGHT, WRONG = "right task, right answer", "right task, wrong answer"  # only where marks.json tells
 RANDOM_SEEDS, FIXED_TRIES, FIXED_QUERIES = 5, 16, 32  # best fixed: the best of 16 sets on 32 val queries
 
 
@@ -90,6 +94,19 @@ def choose(env: Environment, matcher: matching.Matcher, vectors: Tensor, pool: T
         [[[]] * len(test)], [drawn(len(test), n) for n in range(RANDOM_SEEDS)], [[fixed] * len(test)],
         [bm25(test, env.pool, m).tolist()], [matching.nearest(vectors, pool, m).tolist()],
         [matcher.act(vectors, pool, m, greedy=True)[0].tolist()]), strict=True))
+
+
+def told(test: list[Record], pool: list[Record], marks: dict[str, str], m: int, seed: int) -> dict[str, list]:
+    """What a selector could do that is told each query's task, and which of the pool's answers are wrong."""
+    rng, prompts = random.Random(seed), {}
+    for j, prompt in enumerate(pool):
+        wrong = marks.get(query_text(prompt), "").startswith("wrong answer")
+        prompts.setdefault((prompt["task"], wrong), []).append(j)
+    def drawn(task: str, wrong: bool) -> list[int]:
+        found = prompts.get((task, wrong), [])
+        return rng.sample(found, min(m, len(found)))
+    return {RIGHT: [[drawn(query["task"], False) for query in test]],
+            WRONG: [[drawn(query["task"], True) for query in test]]}
 
 
 # ---- the table -------------------------------------------------------------------------------------------
@@ -189,14 +206,19 @@ def compare(s: Settings) -> dict:
     print(f"pool of {len(pool)} prompts, m = {m}; {len(env.known)} rewards known from earlier runs")
     embedded = matching.embed_records(model, tokenizer, test)  # (N, 2 C)
     picks = choose(env, matcher, embedded, vectors, test, queries["val"], m, s.seed)
-    envs, entries = {}, {}
+    envs, entries, marks = {}, {}, {}
+    if (data / "marks.json").exists():
+        for split, found in read_json(data / "marks.json", pool=list, val=list, test=list).items():
+            records = read_records(data / f"{split}.jsonl")
+            marks |= {query_text(record): mark for record, mark in zip(records, found, strict=True)}
+        picks |= told(test, pool, marks, m, s.seed)
     for llm, folder, selectors in (("base", base if s.adapter != "none" else "", ("no prompt",)),
-                                   ("full fine-tuning", s.full, ("no prompt", "nearest", "learned"))):
+                                   ("full fine-tuning", s.full, ("no prompt", "nearest", "learned", RIGHT))):
         if folder and Path(folder).is_dir():  # LoRA's embeddings judge its answers too
             other, other_id = load_tuned(folder, "none", TEMPLATE, dtype, device)
             envs[llm] = Environment(other, Tokenizer(folder), pool, s.max_new_tokens,
                                     f"{other_id} {dtype}, judge {model_id}", file, judge=env)
-            picks |= {f"{llm}, {name}": picks[name] for name in selectors}
+            picks |= {f"{llm}, {name}": picks[name] for name in selectors if name in picks}
     for name, runs in picks.items():
         print(f"answering {len(test)} test queries: {name}", flush=True)
         entries[name] = [envs.get(name.split(",")[0], env).scores(test, run) for run in runs]
@@ -206,6 +228,8 @@ def compare(s: Settings) -> dict:
     named = s.adapter != "none" and any(query["task"] for query in test)
     kinds = [("seen tasks" if q["task"] in seen else "new tasks") if named else "all queries" for q in test]
     groups = {kind: torch.tensor([k == kind for k in kinds]) for kind in sorted(set(kinds), reverse=True)}
+    for mark in sorted({marks[query_text(query)] for query in test} if marks else ()):
+        groups[mark] = torch.tensor([marks[query_text(query)] == mark for query in test])
     rows, rouge = summarise(picks, entries, test, pool, groups)
     return {"settings": asdict(s), "rows": rows, "queries": test, "pool": pool,
             "gaps": differences({name: score[None] for name, score in rouge.items()}, groups),

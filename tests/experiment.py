@@ -1,8 +1,8 @@
 """The experiments behind the README's figures: REINFORCE on a table of rewards, its collapse, curves of runs.
 
-assets/rewards.safetensors holds *all* rewards, m = 1, of 168 queries and 36 prompts (12 tasks of the default
-data), their embeddings and record ids; no text. So the policy can be trained in seconds, without an LLM, many
-seeds over, and its regret against the exact optimum is known.
+assets/rewards.safetensors holds *all* rewards, m = 1, of 168 queries and 36 prompts (12 tasks of
+bigbench-clean), their embeddings and record ids; no text. So the policy can be trained in seconds, without an
+LLM, many seeds over, and its regret against the exact optimum is known.
 
     python tests/experiment.py                            # play: REINFORCE, its collapse and the cure
     python tests/experiment.py --seeds 10                 # the same with more seeds; half a minute each
@@ -57,11 +57,12 @@ def name_of(record: Record) -> str:
 
 def make(s: Settings) -> None:
     """Asks the LLM about every query with every prompt."""
-    base, data = ensure_base("smollm2"), ensure_data("bigbench")
+    base, data = ensure_base("smollm2"), ensure_data("bigbench-clean")
     device, dtype = pick_device("auto")
     model, model_id = load_tuned(base, s.adapter, TEMPLATE, dtype, device)
     tokenizer = Tokenizer(base)
-    tasks = [*list(TASKS["seen"])[::14], *list(TASKS["new"])[::10]]
+    tasks = [task for kind, n in (("seen", 14), ("new", 10))
+             for task in [task for task, of in TASKS.items() if of["kind"] == kind][::n]]
     def of_tasks(split: str, n: int) -> list[Record]:
         records = read_records(data / f"{split}.jsonl")
         return [r for task in tasks for r in [r for r in records if r["task"] == task][:n]]
@@ -176,7 +177,8 @@ def what_is_learned(folder: str) -> tuple[Tensor, dict]:
     prompt, and compare.py's table."""
     table = read_json(Path(folder, "table.json"), queries=list, pool=list, picks=dict, gaps=dict)
     test, pool, scores = table["queries"], table["pool"], table["rouge of each query"]
-    tasks = sorted({r["task"] for r in test + pool}, key=lambda task: (task in TASKS["new"], task))
+    new = {task for task, of in TASKS.items() if of["kind"] == "new"}
+    tasks = sorted({r["task"] for r in test + pool}, key=lambda task: (task in new, task))
     counts = torch.zeros(len(tasks), len(tasks))
     learned, nearest = (table["picks"][name] for name in ("learned", "nearest"))  # (N, m)
     for query, picks in zip(test, learned, strict=True):

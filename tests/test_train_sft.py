@@ -19,7 +19,7 @@ import train_sft
 from data import cli, files, prepare
 from data.instructions import TEMPLATE, collate, training_example
 from data.tokenizer import Tokenizer
-from train_sft import Settings, answer_loss, epoch_steps, micro_batches, pick_prompts
+from train_sft import Settings, answer_loss, epoch_steps, micro_batches, pick_prompts, related_records
 
 SMALL = {"r": 4, "shots": 2, "batch_size": 4, "epochs": 2, "lr": 1e-2, "device": "cpu", "dtype": "float32"}
 IDS = torch.arange(5, 45)[None]
@@ -64,7 +64,8 @@ def test_epoch_steps_depend_on_seed_and_epoch_alone(base):
     def epoch(n, **changes):
         random.seed(n * 17)  # the global generators must not matter
         torch.manual_seed(n * 17)
-        return epoch_steps(records, tokenizer, Settings(batch_size=4, shots=2, **changes), n, 512)
+        s = Settings(batch_size=4, shots=2, **changes)
+        return epoch_steps(records, related_records(records), tokenizer, s, n, 512)
     first = epoch(0)
     epoch(5)
     assert epoch(0) == first
@@ -92,21 +93,37 @@ def test_micro_batches_hold_to_the_tokens_and_lose_no_record():
 
 def test_prompts_are_never_the_record_itself(monkeypatch):
     """Trap 11, in training: the answer would stand before the question, and copying it be learned."""
-    records = tiny.records(6)
+    records = tiny.records(30)
+    related = related_records(records)
     rng, counts, own = random.Random(0), [], 0
     for i in [0, 3] * 2000:
-        picked = pick_prompts(records, i, 3, rng)
-        assert records[i] not in picked
+        picked = pick_prompts(i, related, 3, rng)
+        assert i not in picked and len(set(picked)) == len(picked)
         counts.append(len(picked))
-        own += sum(p["task"] == records[i]["task"] for p in picked)
-    assert sorted(set(counts)) == [0, 1, 2, 3]
-    assert counts.count(0) / 4000 == pytest.approx(0.5, abs=0.04)
-    # three in four of the own task by design, and of the "any" quarter 2 of 5 by chance
-    assert own / sum(counts) == pytest.approx(0.75 + 0.25 * 2 / 5, abs=0.03)
+        own += sum(records[j]["task"] == records[i]["task"] for j in picked)
+    assert set(counts) == {0, 1, 2, 3}
+    # one in ten gets none by design, one in 900 because its only pick was the record itself
+    assert counts.count(0) / 4000 == pytest.approx(0.1, abs=0.02)
+    # nine in ten of the own task by design, and of the "any" tenth 14 of 29 by chance
+    assert own / sum(counts) == pytest.approx(0.9 + 0.1 * 14 / 29, abs=0.02)
     monkeypatch.setattr(train_sft, "SHOTS_SHARE", 1.0)
-    assert pick_prompts(records, 0, 0, rng) == [] == pick_prompts(records[:1], 0, 3, rng)
+    assert pick_prompts(0, related, 0, rng) == [] == pick_prompts(0, related_records(records[:1]), 3, rng)
     monkeypatch.setattr(train_sft, "SHOTS_SHARE", 0.0)
-    assert pick_prompts(records, 0, 3, rng) == []
+    assert pick_prompts(0, related, 3, rng) == []
+
+
+def test_records_without_a_task_get_prompts_that_share_their_rare_words():
+    """Random ones would teach the LoRA to ignore prompts. A task that only one record has is no task."""
+    texts = ["Paint the red barn", "Paint the blue barn", "Count the sheep", "Count the black sheep at night"]
+    records = [{"task": "", "instruction": text, "input": "", "output": "x"} for text in texts]
+    for tasks in ([""] * 4, ["a", "b", "c", "d"]):
+        for record, task in zip(records, tasks, strict=True):
+            record["task"] = task
+        related = related_records(records)
+        assert [of[0] for of in related] == [1, 0, 3, 2] and all(i not in of for i, of in enumerate(related))
+    for record in records:
+        record["task"] = "all"
+    assert related_records(records) == [[0, 1, 2, 3]] * 4
 
 
 def test_answer_loss_is_the_log_likelihood_of_the_answers(base):
@@ -319,7 +336,8 @@ def test_three_steps_equal_transformers_and_peft(run, base, tmp_path):
     trained = [p for p in theirs.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=s.lr, betas=(0.9, 0.95), weight_decay=0.0)
     lines = log(out)
-    for line, examples in zip(lines, epoch_steps(records, Tokenizer(base), s, 0, 512), strict=False):
+    steps = epoch_steps(records, related_records(records), Tokenizer(base), s, 0, 512)
+    for line, examples in zip(lines, steps, strict=False):
         n = sum(n for _, n in examples)
         total = 0.0
         for ids, length in examples:  # one by one: no padding at all on this side
