@@ -18,7 +18,7 @@ int8 is for weights only, symmetric, with one scale for each output row:
 
 A LoRA layer *holds* the linear that it adapts and calls it, so LoRA works the same on float and int8 layers.
 
-Letters: r rank of LoRA, N tokens.
+Letter: r rank of LoRA.
 Simplified: no dropout, one rank for all modules, no bias training. The files are PEFT's, and PEFT reads ours.
 
 Try: python -c "import model, lora; print(lora.quantize(model.load('data/base')).layers[0].self_attn)"
@@ -37,7 +37,7 @@ from model import Transformer
 from model import load as load_base
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# Without v and down: 28% of the blocks' weights, but two thirds of what rounding costs (KL divergence).
+# v and down stay float: 28% of the blocks' weights, but two thirds of what rounding costs (KL divergence).
 INT8_LINEAR = ("q_proj", "k_proj", "o_proj", "gate_proj", "up_proj")
 PEFT_PREFIX = "base_model.model.model."  # TRAP: without it PEFT loads nothing and only warns
 
@@ -101,7 +101,7 @@ class LoRALinear(nn.Module):
         self.B = nn.Parameter(torch.zeros(base.out_features, r))  # (out, r)
 
     def forward(self, x: Tensor) -> Tensor:  # (.., in) -> (.., out)
-        # alpha / r scales B, which has fewer numbers than x has
+        # alpha / r is applied to B in fp32, before the cast
         A, B = self.A.to(x.dtype), (self.B * self.scaling).to(x.dtype)
         return self.base(x) + (x @ A.T) @ B.T  # x A^T is (.., r)
 

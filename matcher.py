@@ -116,8 +116,8 @@ class Matcher(nn.Module):
 
     def standardise(self, embedding: Tensor) -> Tensor:
         """(.., 2 C) -> (.., 2 C) of length 1. A product of two is INSTRUCTION * the instructions' cosine +
-        the rest * the inputs'. eps: a half that does not vary in the pool is rounding noise and stays small,
-        while others are near sqrt(C) = 24 long."""
+        the rest * the inputs'. eps = 1: a half that is constant in the pool has only rounding noise and stays
+        near 0; any other has a length of about sqrt(C) = 24."""
         halves = ((embedding - self.mean) / self.std).unflatten(-1, (2, -1))  # (.., 2, C)
         halves = F.normalize(halves, dim=-1, eps=1.0)
         shares = halves.new_tensor([[INSTRUCTION], [1 - INSTRUCTION]])  # (2, 1)
@@ -129,8 +129,9 @@ class Matcher(nn.Module):
 
         With `picks` it scores those instead of drawing. An episode's log-probability is the sum of its
         *sequential* steps: what was picked is masked and the softmax is over the rest. (PromptPG draws in the
-        same way, but sums log p(a) + log p(b), which can flip a gradient's sign.) Entropy is divided by the
-        log of the number of choices: 1 is uniform. From the second step on it depends on the picks drawn.
+        same way, but sums log p(a) + log p(b) of one softmax, which can flip a gradient's sign.) Entropy is
+        divided by the log of the number of choices: 1 is uniform. From the second step on it depends on the
+        picks drawn.
         """
         if query.size(1) != len(self.mean):
             raise ValueError(f"the matcher is for embeddings of width {len(self.mean)}, but the model's have "
@@ -182,8 +183,8 @@ def read_pool(path: str | Path, queries: Sequence[Record] = ()) -> list[Record]:
     return list(pool.values())
 
 
-def run_id(*parts: object) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+def run_id(meta: dict) -> str:
+    return hashlib.sha256(json.dumps(meta).encode()).hexdigest()[:16]
 
 
 def save(matcher: Matcher, folder: str | Path, pool: Sequence[Record], m: int, model_id: str,
@@ -210,7 +211,10 @@ def load(folder: str | Path, model_id: str) -> tuple[Matcher, list[Record], int]
         raise ValueError(f"{folder}: the matcher was trained on embeddings of model {meta['model_id']}, but "
                          f"this is {model_id}; use the same --base and --adapter, or train again.")
     pool = [check_record(r, f"{file}: record {n}") for n, r in enumerate(meta["pool"], 1)]
-    if read_metadata(weights).get("run_id") != run_id(meta) or meta["instruction"] != INSTRUCTION:
+    if meta["instruction"] != INSTRUCTION:
+        raise ValueError(f"{file}: trained with INSTRUCTION = {meta['instruction']}, but it is {INSTRUCTION} "
+                         "now; train the matcher again.")
+    if read_metadata(weights).get("run_id") != run_id(meta):
         raise ValueError(f"{weights}: not of the run that wrote matcher.json; run train_rl.py again.")
     with torch.device("meta"):
         matcher = Matcher(torch.empty(len(pool), meta["width"]), meta["hidden"])

@@ -78,8 +78,11 @@ def rope_tables(config: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position. TRAP: Hugging Face's weights pair dimension i with i + D/2, Meta's files 2i with
-    2i + 1. With the wrong pairs the first token still looks right: position 0 is not rotated."""
+    """Rotates each pair of dimensions by its position's angle.
+
+    TRAP: Hugging Face's weights pair dimension i with i + D/2, Meta's files 2i with 2i + 1. With the wrong
+    pairs the first token still looks right: position 0 is not rotated.
+    """
     x1, x2 = x.chunk(2, dim=-1)  # (.., T, D/2) each
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)  # (.., T, D)
 
@@ -186,7 +189,7 @@ class Transformer(nn.Module):
             cache.key_mask[:, start:cache.length] = True if attention_mask is None else attention_mask
             keys = cache.key_mask[:, :cache.length]  # (B, S)
             # A position counts the row's own real columns. Rotary positions act by their differences, so
-            # padding at the left would do no harm; between a prefix and its query it would stretch them.
+            # padding at the left would do no harm, but between a prefix and its query it would add distance.
             positions = (keys.cumsum(1) - 1)[:, start:].clamp(min=0)  # (B, T)
             columns = torch.arange(cache.length, device=ids.device)  # (S)
             own = columns[start:, None]  # (T, 1): each new token's column
@@ -301,7 +304,7 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "
 
 
 def save(model: Transformer, folder: str | Path, base: str | Path) -> None:
-    """Writes all weights as a Hugging Face folder, which --base takes, and transformers too. Tokenizer and
+    """Writes all weights as a Hugging Face folder, that --base and transformers can load. Tokenizer and
     config are those of the folder `base`. Merge LoRA first (lora.py)."""
     names = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json")
     save_tensors({name if name.startswith("lm_head") else f"model.{name}": tensor

@@ -33,7 +33,7 @@ class Settings:
     input: str = opt("", "the text that the instruction is about, if it needs one")
     base: str = opt("smollm2", "base model: smollm2, a Hugging Face folder, or owner/name on the hub")
     adapter: str = opt("out/sft", "folder of the LoRA adapter, or none for the bare base")
-    matcher: str = opt("out/rl", "folder of the trained matcher, or none for nearest neighbours")
+    matcher: str = opt("out/rl", "folder of the trained matcher, or none: the nearest prompts of --pool")
     pool: str = opt("", ".json/.jsonl file of prompts to pick from; empty: those the matcher was trained on")
     m: int = opt(0, "prompts to match; 0: as many as the matcher was trained with")
     no_match: bool = opt(False, "answer without matched prompts, to see what they do")
@@ -129,7 +129,11 @@ def main(s: Settings) -> None:
     print("type an instruction (then its input, or nothing); an empty instruction ends")
     with suppress(EOFError):
         while instruction := input("instruction> ").strip():
-            answer({"task": "", "instruction": instruction, "input": input("input> ").strip(), "output": ""})
+            try:
+                text = input("input> ").strip()
+                answer({"task": "", "instruction": instruction, "input": text, "output": ""})
+            except ValueError as error:  # a query that is too long must not end the session
+                print(error)
 
 
 if __name__ == "__main__":

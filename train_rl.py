@@ -65,7 +65,7 @@ from model import Transformer, generate, prefill
 class Settings:
     base: str = opt("smollm2", "base model: smollm2, a Hugging Face folder, or owner/name on the hub")
     adapter: str = opt("out/sft", "folder of the LoRA adapter, or none for the bare base")
-    data: str = opt("bigbench", "data set: bigbench, alpaca, dolly, or a .json/.jsonl file of your own")
+    data: str = opt("bigbench", "bigbench, bigbench-clean, alpaca, dolly, or a .json/.jsonl file of your own")
     pool: str = opt("", "file of the prompts to pick from; empty: the data set's own pool")
     out_dir: str = opt("out/rl", "folder for the matcher, the rewards, the log and the table")
     # the policy
@@ -81,7 +81,7 @@ class Settings:
     # the answers
     max_new_tokens: int = opt(48, "longest answer; the default data's answers have at most 160 characters", 1)
     test_queries: int = opt(256, "test queries in the table; 0: all of them")
-    seed: int = opt(1337, "seed of the MLPs, the picks, the order of queries, and which test queries")
+    seed: int = opt(1337, "seed of the MLPs, the picks, the order of queries and the choice of test queries")
     device: str = opt("auto", "auto (cuda if there is one, else cpu), cpu, cuda or mps")
     dtype: str = opt("auto", "auto (bfloat16 where the machine has it), bfloat16 or float32")
 
@@ -180,7 +180,7 @@ class Environment:
         keys, queries, firsts, rests = zip(*jobs, strict=True)
         # Nothing stands before a first prompt, so its keys and values serve all queries. They are computed in
         # fixed groups of the pool, so that no bit of them depends on what else is asked for.
-        if len(self.prefixes) > 1000:  # 1.4 MB each for 60 tokens of a 135M model
+        if len(self.prefixes) > 1000:  # for 60 tokens of a 135M model 1.4 MB each in bf16, twice that in fp32
             self.prefixes.clear()
         for group in self.groups:
             if set(group) & set(firsts) - self.prefixes.keys():
@@ -253,7 +253,8 @@ def reinforce(matcher: Matcher, vectors: dict[str, Tensor],
         rewards = reward_fn("rl", rows, picks).view(-1, s.samples)  # (B, K)
 
         # advantage and loss: grad J is the mean of advantage * grad log pi; optimisers descend, hence the
-        # minus. The entropy is differentiated as it is; for m = 1 it is exact, for more one of drawn picks.
+        # minus. For m = 1 the entropy is exact; for m > 1 it is that of the drawn path, and its gradient
+        # leaves out how the path was drawn.
         anneal = 1 - (step - 1) / s.steps
         advantages = advantage_fn(rewards).view(-1)  # (B K)
         loss = -(advantages * log_prob).mean() - s.entropy * anneal * entropy.mean()
@@ -320,6 +321,8 @@ def main(s: Settings) -> None:
     matcher = Matcher(vectors["pool"], logit_scale=s.logit_scale, candidates=s.candidates,
                       generator=torch.Generator().manual_seed(s.seed))
     best, kept, began = -1.0, None, time.time()
+    if rank == 0:
+        save_json(run_record(s, data, model_id), out / "run.json")
     log = open(os.devnull if rank else out / "log.jsonl", "w", encoding="utf-8")
     def reward_fn(split: str, rows: list[int], picks: Tensor) -> Tensor:
         return env.rewards([queries[split][row] for row in rows], picks.tolist())
@@ -341,7 +344,6 @@ def main(s: Settings) -> None:
             best, kept = metrics["val_reward"], copy.deepcopy(matcher.state_dict())
             if rank == 0:
                 matching.save(matcher, out, pool, s.m, model_id, step=step, val_reward=best)
-                save_json(run_record(s, data, model_id), out / "run.json")
     matcher.load_state_dict(kept)
 
     # test, once
@@ -355,7 +357,7 @@ def main(s: Settings) -> None:
         print(f"answering {len(test)} test queries: {name}", flush=True)
         entries[name] = env.scores(test, picks[name])
     if env.shortened:
-        print(f"({env.shortened} times the first prompts were left out: the context was full)")
+        print(f"({env.shortened} of the answers computed now lack their first prompts: the context was full)")
     print(f"\n{len(test)} test queries, points of 100; brackets are 95% intervals\n\n"
           "| prompts | ROUGE-L | exact | ROUGE-L minus nearest |\n|---|---:|---:|---:|")
     score = {name: {key: torch.tensor([float(e[key]) for e in found]) for key in ("rouge", "exact")}  # (N)

@@ -9,9 +9,9 @@ nanoGPT's: take a step's records, sum the loss, step, log. PILLOW's addition: so
 prompts before them (--shots), since that is how the model will be used. A LoRA trained without prompts gets
 worse when it is given them.
 
-Simplified: AdamW, cosine with warm-up. With torchrun each process takes its share of a step's records;
-together they compute what one process would. Writes out/sft: the adapter in PEFT's format, log.jsonl (a line
-for each step) and the state for --resume.
+Simplified: plain AdamW and a cosine with warm-up, no weight decay, no dropout. With torchrun each process
+takes its share of a step's records; together they compute what one process would. Writes out/sft: the adapter
+in PEFT's format, log.jsonl (a line for each step) and the state for --resume.
 
     python train_sft.py
     python train_sft.py --full --out_dir out/full --lr 5e-5     # all weights, what LoRA is compared with
@@ -46,7 +46,7 @@ from model import Transformer, load, save
 @dataclass
 class Settings:
     base: str = opt("smollm2", "base model: smollm2, a Hugging Face folder, or owner/name on the hub")
-    data: str = opt("bigbench", "data set: bigbench, alpaca, dolly, or a .json/.jsonl file of your own")
+    data: str = opt("bigbench", "bigbench, bigbench-clean, alpaca, dolly, or a .json/.jsonl file of your own")
     out_dir: str = opt("out/sft", "folder for the adapter, the log and the state")
     resume: bool = opt(False, "continue the run in out_dir from its last save")
     # what is trained
@@ -66,9 +66,9 @@ class Settings:
     dtype: str = opt("auto", "auto (bfloat16 where the machine has it), bfloat16 or float32")
 
 
-SHOTS_SHARE = 0.9  # of the samples get prompts; the others keep the model good without any
-RELATED_SHARE = 0.9  # of the prompts are related to the sample, as good matching would give
-WARMUP = 0.05  # of the steps, with a rising learning rate
+SHOTS_SHARE = 0.9  # share of the samples with prompts; the others keep the model good without any
+RELATED_SHARE = 0.9  # share of the prompts from the sample's own task, as a good matcher would choose
+WARMUP = 0.05  # share of the steps in which the learning rate rises
 GRAD_CLIP = 1.0  # longest gradient: above it a few strange records would set the direction
 MAX_LENGTH = 512  # tokens of a sample; prompts that do not fit are left out
 EVAL_EVERY = 40  # steps between validation losses; each also saves
@@ -77,9 +77,9 @@ EVAL_EVERY = 40  # steps between validation losses; each also saves
 # ---- from records to a loss ------------------------------------------------------------------------------
 
 def related_records(records: list[Record]) -> list[list[int]]:
-    """For each record those that its prompts are drawn from: all of its task or, without a task name, the 8
-    that share most of its rarest words. Random prompts would teach the LoRA to ignore prompts. No two records
-    are compared, so 52,002 of them take seconds."""
+    """For each record those that its prompts are drawn from: all of its task. A record without a task, or
+    alone in it, gets the 8 that share most of its rarest words: random ones would teach it to ignore prompts.
+    Only 50 holders of a word are looked at, and no two records are compared: 52,002 records take seconds."""
     of_task, holders = defaultdict(list), defaultdict(list)  # task or word -> records
     words = [set(re.findall(r"\w+", f"{r['instruction']} {r['input']}".lower())) for r in records]
     for i, record in enumerate(records):
@@ -112,7 +112,7 @@ def epoch_steps(records: list[Record], related: list[list[int]], tokenizer: Toke
                 epoch: int, max_length: int) -> list[list]:
     """One epoch's optimiser steps, each a list of up to batch_size examples (ids, n) of near-equal length.
 
-    A function of (seed, epoch) and nothing else: a resumed run sees what it would have seen.
+    It depends on its arguments only, so a resumed run sees what it would have seen.
     """
     rng = random.Random(f"{s.seed}:{epoch}")
     prompts = [[records[j] for j in pick_prompts(i, related, s.shots, rng)] for i in range(len(records))]
@@ -180,7 +180,7 @@ def main(s: Settings) -> None:
     # model: frozen base + LoRA, or all weights
     if s.full:
         # fp32 weights, since an update of 5e-5 is lost in bf16's 8 bits; the products still run in bf16
-        # (autocast). With gradient and moments: 16 bytes a weight. LoRA spends them on 2% of the weights.
+        # (autocast). Weight, gradient and two moments take 16 bytes a weight; LoRA needs them for 2% of all.
         model = load(base, torch.float32, device).requires_grad_(True)
         trained = list(model.parameters())
     else:
@@ -189,14 +189,14 @@ def main(s: Settings) -> None:
             quantize(model)  # before LoRA: the adapter learns on what it will be used with
         trained = add_lora(model, s.r, s.alpha, generator=torch.Generator().manual_seed(s.seed))
     autocast = torch.autocast(torch.device(device).type, dtype, enabled=s.full and dtype != torch.float32)
-    # 0.95, not AdamW's 0.999: a hundred steps are too few for a memory of a thousand. No weight decay: LoRA's
-    # low rank is regulariser enough.
+    # 0.95, not AdamW's 0.999: a hundred steps are too few for a memory of a thousand. LoRA's low rank is
+    # regulariser enough, so there is no weight decay.
     optimizer = torch.optim.AdamW(trained, lr=s.lr, betas=(0.9, 0.95), weight_decay=0.0)
     names = {p: name for name, p in model.named_parameters()}
     run = run_record(s, data, fingerprint(base))
     signature = {key: value for key, value in asdict(s).items()
                  if key not in ("resume", "max_steps", "device", "out_dir")}
-    signature |= {"base weights": run["base_id"], "records": run["data"]}
+    signature |= {"dtype": str(dtype), "base weights": run["base_id"], "records": run["data"]}
     start = tokens = seconds = 0
     if s.resume and (out / "state.safetensors").exists():
         start, tokens, seconds = load_state(out / "state.safetensors", optimizer, names, signature)
@@ -225,7 +225,8 @@ def main(s: Settings) -> None:
     print(f"base {base} in {dtype} on {device}: weights of {held / 1e6:.0f} MB, "
           f"{sum(p.numel() for p in trained) / 1e6:.2f} million of them trained; "
           f"{steps} steps of {s.batch_size} records")
-    ids, n = epoch_steps(records, related, tokenizer, s, 0, max_length)[0][0]
+    order = epoch_steps(records, related, tokenizer, s, start // steps_per_epoch, max_length)
+    ids, n = order[0][0]
     print(f"one sample as the model reads it; only the part between >>> and <<< has loss:\n"
           f"{tokenizer.decode(ids[:-n])}>>>{tokenizer.decode(ids[-n:-1])}<EOS><<<\n")
     log_file = out / "log.jsonl"
@@ -243,7 +244,7 @@ def main(s: Settings) -> None:
         for step in range(start, steps):
             # the step's records; each of torchrun's processes takes its share
             epoch, place = divmod(step, steps_per_epoch)
-            if place == 0 or step == start:
+            if place == 0 and step > start:
                 order = epoch_steps(records, related, tokenizer, s, epoch, max_length)
             mine = order[place][rank::world]
 

@@ -39,7 +39,7 @@ def parse(settings: type, doc: str):
     """The command line as an instance of `settings`: one --flag for each field."""
     class Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
         """Shows defaults and keeps line breaks."""
-    examples = [line for line in doc.splitlines() if line.startswith("    python ")]
+    examples = [line for line in doc.splitlines() if line.startswith(("    python ", "    torchrun "))]
     parser = ArgumentParser(description=doc.split("\n\n")[0], epilog="\n".join(["for example:", *examples]),
                             formatter_class=Help)
     parser.error = lambda message: sys.exit(f"{parser.prog}: {message}; see --help")

@@ -144,7 +144,7 @@ def atomic_replace(source: Path, target: Path) -> None:
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary path to write to, and renames it to `path` at the end."""
-    part = path.with_name(path.name + ".tmp")  # a folder: safetensors adds a temporary file
+    part = path.with_name(path.name + ".tmp")  # a folder, so that safetensors' own temporary file goes too
     shutil.rmtree(part, ignore_errors=True)  # left by a killed run
     part.mkdir(parents=True)
     try:
@@ -188,7 +188,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict | None =
 
 def save_state(file: Path, optimizer: torch.optim.Optimizer, names: dict[Tensor, str], progress: list[float],
                signature: dict) -> None:
-    """Weights, AdamW's moments and progress in one file: whenever a kill comes, all of it is of one step."""
+    """Weights, AdamW's moments and progress in one file, so a killed run never mixes two steps."""
     tensors = {"progress": torch.tensor(progress, dtype=torch.float64)}
     for p, moments in optimizer.state.items():
         tensors |= {f"{key}.{names[p]}": value for key, value in ({"weight": p} | moments).items()}
@@ -198,7 +198,7 @@ def save_state(file: Path, optimizer: torch.optim.Optimizer, names: dict[Tensor,
 def load_state(file: Path, optimizer: torch.optim.Optimizer, names: dict[Tensor, str],
                signature: dict) -> list[float]:
     """Restores what save_state wrote and returns the progress. signature: what both runs must have in common,
-    so that the resumed one ends in the same bits."""
+    so that the resumed one ends in the same bits on the same machine."""
     made = read_metadata(file)
     if changed := [key for key, value in signature.items() if made.get(key) != json.dumps(value)]:
         raise ValueError(f"{file}: the run to resume had other settings for {changed}; use the same ones, or "

@@ -114,9 +114,11 @@ def prompt_ids(tokenizer: Tokenizer, prompts: Sequence[Record]) -> list[int]:
 
 def join_ids(tokenizer: Tokenizer, prompts: Sequence[Record], rest: list[int],
              max_length: int) -> tuple[list[int], int]:
-    """(ids of prompts and `rest`, how many prompts fit). The first prompts are dropped until all fits, though
-    the best match is picked first: standing first, its keys and values serve many queries. ValueError if
-    `rest` alone is too long."""
+    """(ids of prompts and `rest`, how many prompts fit). ValueError if `rest` alone is too long.
+
+    If not all fit, prompts are dropped from the front, even though the first pick is the best match. It
+    stands first because its keys and values can then be shared.
+    """
     for first in range(len(prompts) + 1):
         ids = prompt_ids(tokenizer, prompts[first:]) + rest
         if len(ids) <= max_length:

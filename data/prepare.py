@@ -361,7 +361,7 @@ def as_people_have_it(splits: dict[str, list[dict]]) -> None:
     for what, kinds, seed in (("a known", kept, 2), ("a held-out", HELD_OUT, 3)):
         made = house_styles(kinds, 2 * len(kinds), size, seed)  # two styles of each kind
         for i, record in enumerate(made):
-            name = [split for split, n in STYLE_PLAN.items() for _ in range(n)][i % size]
+            name = [part for part, n in STYLE_PLAN.items() for _ in range(n)][i % size]
             splits[name].append(record | {"mark": f"style of {what} kind"})
 
     prompts = {}
@@ -373,9 +373,9 @@ def as_people_have_it(splits: dict[str, list[dict]]) -> None:
             right = prompt["output"]
             wrong = {"another prompt's answer": rng.choice(answers), "the input copied": prompt["input"],
                      "the answer cut in half": right[:len(right) // 2].strip()}
-            kinds = [kind for kind, answer in wrong.items() if answer not in ("", right)]
-            if kinds:
-                kind = rng.choice(kinds)
+            possible = [kind for kind, answer in wrong.items() if answer not in ("", right)]
+            if possible:
+                kind = rng.choice(possible)
                 prompt |= {"output": wrong[kind], "mark": f"wrong answer: {kind}"}
 
 
@@ -413,7 +413,7 @@ def ensure_data(data: str) -> Path:
 @dataclass
 class Settings:
     base: str = opt("smollm2", "base model: smollm2, a Hugging Face folder, or owner/name on the hub")
-    data: str = opt("bigbench", "data set: bigbench, alpaca, dolly, or a .json / .jsonl file of your own")
+    data: str = opt("bigbench", "bigbench, bigbench-clean, alpaca, dolly, or a .json/.jsonl file of your own")
 
 
 def main(settings: Settings) -> None:

@@ -37,7 +37,7 @@ NTH = {1: "1st", 2: "2nd", 3: "3rd", 21: "21st", 22: "22nd", 23: "23rd"}  # all 
 NUMBER = [(n, word, NTH.get(n, f"{n}th")) for n, word in enumerate(WORDS["spelt"] + [*range(13, 29)])]
 PAIR = [*product(range(2, 20), range(2, 60))]  # what has two numbers: 2 hours 5 minutes, version 2.5
 
-# Each field: the values it may have, how people type them, how a house may write them. First the plain words.
+# Each field: the values it may have, how people type them, how a house may write them. Words come first.
 FIELDS = {field: ([*zip(words)], "{0}", "{0}|{0}|{0:.3}") for field, words in WORDS.items()} | {
     "first": ([*zip(WORDS["first"])], "{0}", "{0}|{0}|{0:.1}.|{0:.1}"),
     "day": (NUMBER[1:], "{0}|{2}", "{0}|{0:02}|{2}"),

@@ -42,7 +42,7 @@ from train_rl import Environment, interval
 class Settings:
     base: str = opt("smollm2", "base model: smollm2, a Hugging Face folder, or owner/name on the hub")
     adapter: str = opt("out/sft", "folder of the LoRA adapter, or none for the bare base")
-    data: str = opt("bigbench", "data set: bigbench, alpaca, dolly, or a .json/.jsonl file of your own")
+    data: str = opt("bigbench", "bigbench, bigbench-clean, alpaca, dolly, or a .json/.jsonl file of your own")
     pool: str = opt("", "file of the prompts to pick from; empty: the pool that the matcher was trained on")
     matcher: str = opt("out/rl", "folder of train_rl.py's run: the matcher, and the rewards known so far")
     full: str = opt("out/full", "folder of train_sft.py --full's model, if there is one")

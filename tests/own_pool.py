@@ -1,8 +1,8 @@
 """A pool of one's own: are new queries of its kinds answered right, with prompts and without?
 
 data/example_pool.jsonl has 12 kinds of a house's writing, 4 prompts each; data/example_queries.jsonl has 3
-new queries of each kind. Six kinds put contents into a house style, as data/styles.py does; no generator makes
-the other six. Rows: no prompt; the m prompts nearest to the query; m prompts of the query's kind, taken by hand.
+new queries of each kind. Six kinds put contents into a house style, as data/styles.py does; no generator
+makes the other six. Rows: no prompt; the m prompts nearest to the query; m prompts of its kind, by hand.
 
     python tests/own_pool.py                        # out/sft
     python tests/own_pool.py --adapter none         # the bare base

@@ -423,8 +423,10 @@ TABLE = {  # what it is: (command, damage, what the sentence must say)
         "matcher without its pool": (lambda t: t.pop("pool"), "1 tensors are missing, e.g. 'pool'; train")}),
     **without(ASK, META, "m hidden width logit_scale candidates instruction model_id pool"),
     **alike(ASK, lambda changes: fields(META, **changes), "not of the run that wrote matcher.json; run", {
-        "matcher with another width inside": {"hidden": 9}, "another INSTRUCTION": {"instruction": 0.5},
+        "matcher with another width inside": {"hidden": 9},
         "matcher of a killed run": {"pool": tiny.records(16)[8:]}}),
+    "another INSTRUCTION": (ASK, fields(META, instruction=0.5),
+                            "matcher.json: trained with INSTRUCTION = 0.5, but it is 0.95 now; train"),
     "m a text": (ASK, fields(META, m="2"), f"matcher.json: field 'm' {POSITIVE}\"2\""),
     "matcher's pool broken": (ASK, fields(META, pool=[{"instruction": "x"}] * 8), "matcher.json: record 1"),
     # ---- downloads (a hostile archive and a hostile index: test_prepare.py)
@@ -482,7 +484,7 @@ SAID = {  # what is taken, with a word about it
         "sft", LONG)), "(1 longer than 512 tokens, left out)"),
     "a query that does not fit": (RL, more("test", LONG), "test: 6 records (1 longer than 508 tokens,"),
     "prompts that do not fit": (RL + POOL, with_pool(LONG, LONG | {"input": "z"}),
-                                "times the first prompts were left out: the context was full"),
+                                "of the answers computed now lack their first prompts: the context was full"),
     "twins in the pool": (RL + POOL, with_pool(PLAIN, PLAIN | {"output": "z"}, PLAIN),
                           "(pool.jsonl: 1 of 3 prompts are left out: copies of others"),
     "twins in one's own pool": (ASK + POOL, with_pool(PLAIN, PLAIN), "(pool.jsonl: 1 of 2 prompts are left"),

@@ -259,7 +259,7 @@ def test_a_matcher_that_is_not_this_ones_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="trained on embeddings of model model-1, but this is model-2; use"):
         matching.load(tmp_path, "model-2")
     monkeypatch.setattr(matching, "INSTRUCTION", 0.5)  # its "nearest" meant something else
-    with pytest.raises(ValueError, match="matcher.safetensors: not of the run that wrote matcher.json; run"):
+    with pytest.raises(ValueError, match="json: trained with INSTRUCTION = 0.95, but it is 0.5 now; train"):
         matching.load(tmp_path, "model-1")
 
 

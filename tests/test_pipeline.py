@@ -24,7 +24,7 @@ def test_the_same_setting_has_the_same_default_and_help_everywhere():
                      for script in (train_sft, train_rl, sample))
     assert sft["base"] == rl["base"] == show["base"] and sft["device"] == rl["device"] == show["device"]
     assert sft["dtype"] == rl["dtype"] and sft["data"] == rl["data"] and rl["adapter"] == show["adapter"]
-    assert sft["shots"][0] == rl["m"][0]
+    assert sft["shots"][0] >= rl["m"][0] == 1  # two shots in training help one prompt too
     assert rl["adapter"][0] == sft["out_dir"][0]  # each finds what the one before it wrote
     assert show["matcher"][0] == rl["out_dir"][0]
 

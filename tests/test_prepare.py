@@ -576,7 +576,7 @@ def test_cli_help(monkeypatch, capsys, settings, main, doc):
     for field in dataclasses.fields(settings):
         assert f"--{field.name}" in out and f"{field.metadata['help']} (default: {field.default})" in out
     for line in filter(str.strip, rest.splitlines()):
-        assert (" ".join(line.split()) in out) == line.startswith("    python ")
+        assert (" ".join(line.split()) in out) == line.startswith(("    python ", "    torchrun "))
 
 
 @pytest.mark.parametrize("error, words", [(ValueError("a\n  line"), "a line"), (OSError("full"), "full"),
