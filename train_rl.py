@@ -289,6 +289,15 @@ def interval(differences: Tensor) -> list[float]:
 
 # ---- the run ---------------------------------------------------------------------------------------------
 
+def load_queries(data: Path, tokenizer: Tokenizer, room: int, seed: int) -> dict[str, list[Record]]:
+    """{split: its queries of at most `room` tokens} of rl, val, test; shuffled: a split is sorted by task."""
+    order, queries = torch.Generator().manual_seed(seed), {}
+    for split in ("rl", "val", "test"):
+        found = read_fitting(data / f"{split}.jsonl", tokenizer, room, answered=False)
+        queries[split] = [found[i] for i in torch.randperm(len(found), generator=order).tolist()]
+    return queries
+
+
 def main(s: Settings) -> None:
     out = Path(s.out_dir)
     device, dtype = pick_device(s.device, s.dtype)
@@ -301,11 +310,7 @@ def main(s: Settings) -> None:
         base, data = ensure_base(s.base), ensure_data(s.data)
     tokenizer = Tokenizer(base)
     model, model_id = load_tuned(base, s.adapter, TEMPLATE, dtype, device)
-    room, queries = model.config.max_position_embeddings - s.max_new_tokens, {}
-    order = torch.Generator().manual_seed(s.seed)
-    for split in ("rl", "val", "test"):  # shuffled, since a split is sorted by task
-        found = read_fitting(data / f"{split}.jsonl", tokenizer, room, answered=False)
-        queries[split] = [found[i] for i in torch.randperm(len(found), generator=order).tolist()]
+    queries = load_queries(data, tokenizer, model.config.max_position_embeddings - s.max_new_tokens, s.seed)
     pool = matching.read_pool(s.pool or data / "pool.jsonl", sum(queries.values(), []))
     if len(pool) <= s.m:
         raise ValueError(f"{s.pool or data}: {len(pool)} prompts are too few to choose {s.m}; lower --m.")

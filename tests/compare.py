@@ -31,11 +31,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this is tests
 import matcher as matching
 from data.cli import cli, opt, pick_device
 from data.files import lock_folder, read_json, save_json
-from data.instructions import TEMPLATE, Record, query_text, read_fitting, read_records
+from data.instructions import TEMPLATE, Record, query_text, read_records
 from data.prepare import ensure_base, ensure_data
 from data.tokenizer import Tokenizer
 from lora import load_tuned
-from train_rl import Environment, interval
+from train_rl import Environment, interval, load_queries
 
 
 @dataclass
@@ -191,10 +191,7 @@ def compare(s: Settings) -> dict:
     model, model_id = load_tuned(base, s.adapter, TEMPLATE, dtype, device)
     matcher, pool, m = matching.load(s.matcher, model_id)
     vectors, room = matcher.pool, model.config.max_position_embeddings - s.max_new_tokens  # (P, 2 C)
-    queries, order = {}, torch.Generator().manual_seed(s.seed)
-    for split in ("rl", "val", "test"):  # shuffled as in train_rl.py: the same seed means the same queries
-        found = read_fitting(data / f"{split}.jsonl", tokenizer, room, answered=False)
-        queries[split] = [found[i] for i in torch.randperm(len(found), generator=order).tolist()]
+    queries = load_queries(data, tokenizer, room, s.seed)  # the same seed: the same queries as in train_rl.py
     test = queries["test"][:s.test_queries or None]
     if s.pool:
         pool = matching.read_pool(s.pool, sum(queries.values(), []))
