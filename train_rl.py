@@ -28,7 +28,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -53,6 +52,7 @@ from data.instructions import (
     prompt_ids,
     query_text,
     read_fitting,
+    words,
 )
 from data.prepare import ensure_base, ensure_data
 from data.tokenizer import Tokenizer
@@ -96,8 +96,8 @@ EVAL_EVERY = 10  # steps between validations
 # ---- the environment: (query, picks) -> answer -> reward --------------------------------------------------
 
 def rouge_l(answer: str, reference: str) -> float:
-    """F1 of the longest common subsequence of words (a-z, 0-9, lower case); equals rouge-score's rougeL."""
-    a, b = (re.findall(r"[a-z0-9]+", text.lower()) for text in (answer, reference))
+    """F1 of the longest common subsequence of words; for ASCII words it equals rouge-score's rougeL."""
+    a, b = words(answer), words(reference)
     best = [0] * (len(b) + 1)  # best[j]: longest common subsequence of the words of a so far and b[:j]
     for word in a:
         diagonal = 0

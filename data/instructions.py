@@ -15,6 +15,7 @@ Try: python -c "from data.instructions import *; print(read_records('data/exampl
 """
 import json
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +27,9 @@ from data.tokenizer import LONGEST_TEXT, Tokenizer
 FIELDS = ("task", "instruction", "input", "output")
 TEMPLATE = "alpaca-headers-1"  # stored with every adapter: a model tuned on another template answers badly
 NEXT_BLOCK = "### Instruction"  # an answer ends here at the latest
+# Scripts without blanks between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese.
+NO_BLANKS = ("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+             "\U00020000-\U0003ffff]")
 Record = dict[str, str]
 
 
@@ -146,6 +150,14 @@ def clean_answer(tokenizer: Tokenizer, ids: list[int]) -> str:
     """Generated ids -> the answer: what stands before an end token and before the template's next block."""
     end = next((i for i, token in enumerate(ids) if token in tokenizer.ends), len(ids))
     return tokenizer.decode(ids[:end]).split(NEXT_BLOCK)[0].strip()
+
+
+def words(text: str) -> list[str]:
+    """The words that scores compare, in lower case: runs of letters, marks and digits of any script. Where a
+    script has no blanks each character is a word; a text of symbols only is cut at its blanks."""
+    text = re.sub(NO_BLANKS, r" \g<0> ", text.lower())
+    found = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text).split()
+    return found or text.split()
 
 
 # ---- batches ---------------------------------------------------------------------------------------------

@@ -14,12 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score import rouge_scorer
+from rouge_score.tokenizers import DefaultTokenizer
 
 import matcher as matching
 import model as llama
 import train_rl
 from data import prepare
-from data.instructions import NEXT_BLOCK, clean_answer, join_ids, query_text, read_records
+from data.instructions import NEXT_BLOCK, clean_answer, join_ids, query_text, read_records, words
 from data.tokenizer import Tokenizer
 from train_rl import Environment, Settings, leave_one_out, rouge_l
 
@@ -154,7 +155,8 @@ def test_the_loop_asks_in_turn_validates_greedily_and_takes_any_advantage(monkey
 
 # ---- the reward --------------------------------------------------------------------------------------------
 
-SCORER = rouge_scorer.RougeScorer(["rougeL"])
+SCORER = rouge_scorer.RougeScorer(["rougeL"], tokenizer=SimpleNamespace(tokenize=words))
+ascii_texts = st.text(st.characters(max_codepoint=127))
 few_words = st.lists(st.sampled_from(["the", "The", "cat", "sat", "3.5", "café", "on-top", "!", "a"]),
                      max_size=12).map(" ".join)
 
@@ -164,6 +166,23 @@ few_words = st.lists(st.sampled_from(["the", "The", "cat", "sat", "3.5", "café"
 def test_rouge_l_is_rouge_scores(pair):
     theirs = SCORER.score(pair[1], pair[0])["rougeL"].fmeasure
     assert rouge_l(*pair) == pytest.approx(theirs, abs=1e-12)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.one_of(few_words.map(lambda text: text.replace("é", "e")), ascii_texts))
+def test_words_of_ascii_are_rouge_scores(text):
+    """It drops what is not a-z or 0-9, and so scores 0 for equal texts without such a character."""
+    theirs = DefaultTokenizer().tokenize(text)
+    assert words(text) == (theirs or text.lower().split())
+
+
+@pytest.mark.parametrize("text, cut", [
+    ("Привет, Мир!", ["привет", "мир"]), ("café_Ünï 7", ["café", "ünï", "7"]), ("हिन्दी में", ["हिन्दी", "में"]),
+    ("你好 GPT-2!", ["你", "好", "gpt", "2"]), ("สวัสดี", [*"สวัสดี"]), ("カナ", ["カ", "ナ"]),
+    ("안녕 세상", ["안녕", "세상"]), ("→ ↑↑", ["→", "↑↑"]), ("", []), (" \n", [])])
+def test_words_of_any_script(text, cut):
+    """Equal texts score 1. Thai, Lao, Burmese, Khmer, Japanese and Chinese are compared by characters."""
+    assert words(text) == cut and rouge_l(text, text) == float(bool(cut))
 
 
 def test_rouge_l_by_hand():
