@@ -227,10 +227,11 @@ def pad(sequences: Sequence[list[int]], left: bool = False) -> tuple[Tensor, Ten
 
 @torch.no_grad()
 def generate(model: Transformer, sequences: Sequence[list[int]], max_new_tokens: int, ends: Collection[int],
-             stop: Sequence[int] = (), prefixes: Sequence[Tensor | None] | None = None,
+             stop: Callable[[list[int]], bool] = lambda ids: False,
+             prefixes: Sequence[Tensor | None] | None = None,
              choose: Callable[[Tensor], Tensor] = lambda logits: logits.argmax(-1),
              on_token: Callable[[int, int], None] | None = None) -> list[list[int]]:
-    """Continues each list of ids until one of `ends`, the ids `stop` or max_new_tokens; returns the new ids.
+    """Continues each list of ids until one of `ends`, stop(new ids) or max_new_tokens; returns the new ids.
 
     prefixes: for each row None, or `prefill`'s (L, 2, G, P, D) of what stands before it: what many rows begin
     with is computed once. choose: logits (B, V) -> ids (B), greedy by default. on_token(row, id) is called as
@@ -257,7 +258,7 @@ def generate(model: Transformer, sequences: Sequence[list[int]], max_new_tokens:
         for row, token in zip(rows, next_ids.tolist(), strict=True):
             if not done[row]:
                 answers[row].append(token)
-                done[row] = token in ends or bool(stop) and answers[row][-len(stop):] == list(stop)
+                done[row] = token in ends or stop(answers[row])
                 if on_token:
                     on_token(row, token)
         active = [i for i, row in enumerate(rows) if not done[row]]

@@ -20,7 +20,15 @@ from torch import Tensor
 
 import matcher as matching
 from data.cli import cli, opt, pick_device
-from data.instructions import NEXT_BLOCK, TEMPLATE, Record, clean_answer, join_ids, query_text
+from data.instructions import (
+    NEXT_BLOCK,
+    TEMPLATE,
+    Record,
+    at_next_block,
+    clean_answer,
+    join_ids,
+    query_text,
+)
 from data.prepare import ensure_base
 from data.tokenizer import Tokenizer
 from lora import load_tuned
@@ -119,7 +127,7 @@ def main(s: Settings) -> None:
         if kept < len(prompts):
             print(f"(the first {len(prompts) - kept} matched prompts are left out: the context is full)")
         stream = Stream(tokenizer)
-        generate(model, [ids], s.max_new_tokens, tokenizer.ends, tokenizer.encode(NEXT_BLOCK),
+        generate(model, [ids], s.max_new_tokens, tokenizer.ends, lambda ids: at_next_block(tokenizer, ids),
                  choose=lambda logits: draw(logits, s, generator), on_token=stream)
         stream.end()
 

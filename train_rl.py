@@ -43,9 +43,9 @@ import matcher as matching
 from data.cli import cli, join_torchrun, main_process_first, opt, pick_device, run_record
 from data.files import save_json
 from data.instructions import (
-    NEXT_BLOCK,
     TEMPLATE,
     Record,
+    at_next_block,
     clean_answer,
     join_ids,
     length_sorted_batches,
@@ -187,7 +187,7 @@ class Environment:
                 self.prefixes |= zip(group, prefill(self.model, [self.blocks[j] for j in group]), strict=True)
         prefixes = [None if j is None else self.prefixes[j] for j in firsts]
         generated = generate(self.model, rests, self.max_new_tokens, self.tokenizer.ends,
-                             self.tokenizer.encode(NEXT_BLOCK), prefixes)
+                             lambda ids: at_next_block(self.tokenizer, ids), prefixes)
         answers = [clean_answer(self.tokenizer, ids) for ids in generated]
         references = [query["output"].strip() for query in queries]
         semantic = self.judge.similarity(answers, references)

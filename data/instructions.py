@@ -26,7 +26,7 @@ from data.tokenizer import LONGEST_TEXT, Tokenizer
 
 FIELDS = ("task", "instruction", "input", "output")
 TEMPLATE = "alpaca-headers-1"  # stored with every adapter: a model tuned on another template answers badly
-NEXT_BLOCK = "### Instruction"  # an answer ends here at the latest
+NEXT_BLOCK = "### Instruction:\n"  # at the start of a line it ends an answer; a heading of its own does not
 # Scripts without blanks between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese.
 NO_BLANKS = ("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
              "\U00020000-\U0003ffff]")
@@ -149,7 +149,13 @@ def training_example(tokenizer: Tokenizer, record: Record, prompts: Sequence[Rec
 def clean_answer(tokenizer: Tokenizer, ids: list[int]) -> str:
     """Generated ids -> the answer: what stands before an end token and before the template's next block."""
     end = next((i for i, token in enumerate(ids) if token in tokenizer.ends), len(ids))
-    return tokenizer.decode(ids[:end]).split(NEXT_BLOCK)[0].strip()
+    # the limit of new tokens may have cut the block's first line
+    return re.split(r"(?m)^### Instruction(?::\n|:?\Z)", tokenizer.decode(ids[:end]))[0].strip()
+
+
+def at_next_block(tokenizer: Tokenizer, ids: list[int]) -> bool:
+    """Whether generated ids have gone on to the template's next block: the answer is over."""
+    return re.search(f"(?m)^{NEXT_BLOCK}", tokenizer.decode(ids)) is not None
 
 
 def words(text: str) -> list[str]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from data.instructions import (
+    at_next_block,
     check_record,
     clean_answer,
     collate,
@@ -151,11 +152,21 @@ def test_query_text():
 @pytest.mark.parametrize("text, answer", [
     ("purple", "purple"), ("  purple\n\n", "purple"), ("a\n\nb", "a\n\nb"), ("", ""),
     ("purple\n\n### Instruction:\nNext one", "purple"), ("### Instruction", ""),
-    ("# 1 ### Input", "# 1 ### Input")])
+    ("# 1 ### Input", "# 1 ### Input"), ("a\n### Instructions\n1. b", "a\n### Instructions\n1. b"),
+    ("### Ingredients\neggs", "### Ingredients\neggs"), ("### Instruction: x", "### Instruction: x"),
+    ("see ### Instruction:\nx", "see ### Instruction:\nx"), ("a\n\n### Instruction:", "a")])
 @pytest.mark.parametrize("end", [[], [EOS], [END], [EOS, *b"more", END], [END, *b"more", EOS]])
 def test_clean_answer(text, answer, end):
     """An answer stands before the first of all end ids."""
     assert clean_answer(Bytes(), [*text.encode(), *end]) == answer
+
+
+@pytest.mark.parametrize("text, over", [
+    ("a\n\n### Instruction:\n", True), ("### Instruction:\nx", True), ("a\n### Instruction:", False),
+    ("a ### Instruction:\n", False), ("### Instructions:\n", False), ("### Ingredients\n", False)])
+def test_an_answer_is_over_at_the_templates_own_block(text, over):
+    """Only at the start of a line, and whole: a heading of the answer's own does not end it."""
+    assert at_next_block(Bytes(), list(text.encode())) == over
 
 
 # ---- batches -----------------------------------------------------------------------------------------

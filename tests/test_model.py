@@ -493,8 +493,10 @@ def test_rows_stop_and_leave(small, monkeypatch):
     for answer in long:
         stop = answer[4:6]
         stopped = [next((a[:i + 2] for i in range(29) if a[i:i + 2] == stop), a) for a in long]
-        assert generate(small, prompts, 30, ends=(), stop=stop) == stopped
-        assert generate(small, prompts, 30, [answer[9]], stop=stop) == [cut(a, [answer[9]]) for a in stopped]
+        def ended(ids, stop=stop):
+            return ids[-2:] == stop
+        assert generate(small, prompts, 30, ends=(), stop=ended) == stopped
+        assert generate(small, prompts, 30, [answer[9]], stop=ended) == [cut(a, [answer[9]]) for a in stopped]
 
 
 def test_on_token_and_limits(small):

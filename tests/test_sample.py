@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import matcher as matching
 import model as llama
 import sample
-from data.instructions import NEXT_BLOCK, TEMPLATE, clean_answer, join_ids, query_text
+from data.instructions import TEMPLATE, at_next_block, clean_answer, join_ids, query_text
 from data.tokenizer import Tokenizer
 from lora import load_tuned
 from sample import Settings, Stream
@@ -53,7 +53,7 @@ def run(made, capsys, monkeypatch):
 
 def answer_ids(tokenizer, model, prompts: list[dict]) -> list[int]:
     ids, _ = join_ids(tokenizer, prompts, tokenizer.encode(query_text(QUERY)), 400)
-    return llama.generate(model, [ids], 12, tokenizer.ends, tokenizer.encode(NEXT_BLOCK))[0]
+    return llama.generate(model, [ids], 12, tokenizer.ends, lambda ids: at_next_block(tokenizer, ids))[0]
 
 
 def expected(tokenizer, model, prompts: list[dict]) -> str:
@@ -225,7 +225,7 @@ def test_stream_holds_back_the_next_block_and_half_characters(tuned):
 
 
 PIECES = ["a", " ", "\n", "\n\n", "#", "###", "### Inst", "ruction", "é", "😀", "\u2003", "### Instruction",
-          "<eos>"]
+          "<eos>", ":\n", "s"]
 
 
 @settings(max_examples=200, deadline=None)

@@ -20,7 +20,7 @@ import matcher as matching
 import model as llama
 import train_rl
 from data import prepare
-from data.instructions import NEXT_BLOCK, clean_answer, join_ids, query_text, read_records, words
+from data.instructions import at_next_block, clean_answer, join_ids, query_text, read_records, words
 from data.tokenizer import Tokenizer
 from train_rl import Environment, Settings, leave_one_out, rouge_l
 
@@ -216,7 +216,7 @@ def plain_way(llm, query, prompts):
     model, tokenizer = llm
     ids, kept = join_ids(tokenizer, prompts, tokenizer.encode(query_text(query)), 512)
     assert kept == len(prompts)
-    [alone] = llama.generate(model, [ids], 8, tokenizer.ends, tokenizer.encode(NEXT_BLOCK))
+    [alone] = llama.generate(model, [ids], 8, tokenizer.ends, lambda ids: at_next_block(tokenizer, ids))
     return clean_answer(tokenizer, alone), len(ids)
 
 
