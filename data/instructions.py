@@ -16,6 +16,7 @@ Try: python -c "from data.instructions import *; print(read_records('data/exampl
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,8 +45,9 @@ def check_record(item: object, where: str) -> Record:
     for field in FIELDS:
         needed, value = field in ("instruction", "output"), item.get(field)
         if needed and field not in item:
-            raise ValueError(f"{where}: field '{field}' is missing; found {sorted(item)}.")
-        value = "" if value is None and not needed else value  # null means absent
+            raise ValueError(f"{where}: field '{field}' is missing; found {sorted(item)[:9]}. Write "
+                             "each record as an instruction and an output, maybe with an input and a task.")
+        value = "" if value in (None, [], {}) and not needed else value  # null and empty mean absent
         if not isinstance(value, str):
             raise ValueError(f"{where}: field '{field}' must be text, but it is {json.dumps(value)[:60]}.")
         if needed and not value.strip():
@@ -61,7 +63,8 @@ def check_record(item: object, where: str) -> Record:
 def read_records(path: str | Path) -> list[Record]:
     """The records of a JSON array or of JSON lines, told apart by content; a BOM and CRLF do no harm.
 
-    FileNotFoundError, or ValueError that names file:line (in an array: the number of the record).
+    FileNotFoundError, or ValueError that names file:line (in an array: the number of the record) of each that
+    is wrong. Other fields are counted and left out.
     """
     path = Path(path)
     if not path.is_file():
@@ -83,7 +86,21 @@ def read_records(path: str | Path) -> list[Record]:
                          "record a line, or one JSON array.") from None
     if not found:
         raise ValueError(f"{path}: no record in this file; write one a line.")
-    return [check_record(item, where) for where, item in found]
+    records, wrong, dropped = [], {}, Counter()
+    for where, item in found:
+        try:
+            records.append(check_record(item, where))
+            dropped.update(field for field, value in item.items() if field not in FIELDS and value)
+        except ValueError as error:
+            wrong[where.removeprefix(f"{path}:").strip()] = str(error)
+    if wrong:
+        first, *more = wrong
+        raise ValueError(wrong[first] + bool(more) * f" {len(more)} more are wrong: {', '.join(more[:30])}"
+                         + ", ..." * (len(more) > 30))
+    if dropped:
+        print(f"({path}: fields that are not used: "
+              + ", ".join(f"'{field}' of {n} records" for field, n in dropped.most_common(9)) + ")")
+    return records
 
 
 def read_fitting(path: Path, tokenizer: Tokenizer, max_length: int, answered: bool = True) -> list[Record]:

@@ -316,10 +316,12 @@ def read_set(file: Path) -> list[dict]:
         text = file.read_text("utf-8")
         rows = json.loads(text) if file.suffix == ".json" else map(json.loads, text.strip().split("\n"))
         records = [{"task": ""} | {ours.get(key, key): row[key].strip() for key in row} for row in rows]
-        return [{key: record[key] for key in ("task", "instruction", "input", "output")}
-                for record in records if record["output"]]
+        kept = [{key: record[key] for key in FIELDS} for record in records if record["output"]]
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:  # or of another shape
         raise ValueError(f"{file}: not JSON records ({error}); delete it and run this again") from None
+    if len(kept) < len(records):
+        print(f"({file.name}: {len(records) - len(kept)} records without an output are left out)")
+    return kept
 
 
 def split(data: str, records: list[dict]) -> dict[str, list[dict]]:
@@ -327,9 +329,12 @@ def split(data: str, records: list[dict]) -> dict[str, list[dict]]:
     first = {}
     for record in records:
         first.setdefault((record["instruction"], record["input"]), record)
-    records, n = list(first.values()), len(first)
+    twins, records, n = len(records) - len(first), list(first.values()), len(first)
     if n < 10:
-        raise ValueError(f"{data}: {n} different records are too few for five splits; give it at least 10")
+        raise ValueError(f"{data}: {n} different {'record is' if n == 1 else 'records are'} too few for five "
+                         f"splits ({twins} more ask what another one asks); give it at least 10 questions")
+    if twins:
+        print(f"({data}: {twins} records are left out: they ask what an earlier one asks)")
     if data in PLANS:  # task by task
         deals = [(f"0:{task}", PLANS[data][of["kind"]], [r for r in records if r["task"] == task])
                  for task, of in TASKS.items()]

@@ -254,6 +254,8 @@ TABLE = {  # what it is: (command, damage, what the sentence must say)
         "number of 5,000 digits": (b'{"instruction": %s}' % (b"1" * 5000), "own.jsonl:2: not valid"),
         "no output": (b'{"instruction": "x"}', "own.jsonl:2: field 'output' is missing; found ['ins"),
         "no instruction": (b'{"output": "x"}', "own.jsonl:2: field 'instruction' is missing"),
+        "a chat": (b'{"messages": [{"role": "user", "content": "hi"}]}',
+                   "'instruction' is missing; found ['messages']. Write each record as an instruction"),
         "output a number": (b'{"instruction": "x", "output": 7}', "'output' must be text, but it is 7"),
         "output null": (b'{"instruction": "x", "output": null}', "'output' must be text, but it is null"),
         "instruction null": (b'{"instruction": null, "output": "y"}', "'instruction' must be text, but it"),
@@ -272,6 +274,9 @@ TABLE = {  # what it is: (command, damage, what the sentence must say)
         "array of brackets": ("[" * 100_000, "own.jsonl:1: not valid JSON"),
         "array with a number": (json.dumps([PLAIN, 5]), "record 2: a record must be"),
         "no field": (json.dumps([PLAIN, {"output": "y"}]), "own.jsonl: record 2: field 'instruction'"),
+        "several wrong": ("".join(json.dumps(PLAIN | {"output": it}) + "\n" for it in (" ", "y", "", "", 7)),
+                          "own.jsonl:1: field 'output' is empty; write it or remove the record. 3 more are "
+                          "wrong: 3, 4, 5"),
         "nine records": (json.dumps(tiny.records(9)), "9 different records are too few")}),
     **alike(PREPARE, lambda body: content("own.jsonl", body), "own.jsonl: no record", {
         "empty file": b"", "BOM and blank lines": b"\xef\xbb\xbf \n\n", "empty array": b"[]"}),
@@ -493,6 +498,12 @@ SAID = {  # what is taken, with a word about it
     "queries that are prompts": (RL + "--pool mine.jsonl", nothing, "(mine.jsonl: 24 of 60 prompts are left"),
     "input and task null": (PREPARE, content("own.jsonl", json.dumps(
         [{"instruction": str(n), "input": None, "task": None, "output": "y"} for n in range(10)])), "5 sft"),
+    "fields that are not used": (PREPARE, content("own.jsonl", json.dumps(
+        [r | {"system": "be kind", "history": [["a", "b"]] * (n < 3), "id": None}
+         for n, r in enumerate(tiny.records(10))])),
+        "(own.jsonl: fields that are not used: 'system' of 10 records, 'history' of 3 records)\n"),
+    "input and task empty": (PREPARE, content("own.jsonl", json.dumps(
+        [{"instruction": str(n), "input": [], "task": {}, "output": "y"} for n in range(10)])), "5 sft"),
     "weights in shards": (SFT, shards("part.safetensors"), "saved in out"),
     "one file beside an old index": (SFT, content(INDEX, '{"weight_map": {"a": "gone"}}'), "saved in out"),
     "a temperature near 0": (ASK + "--temperature 1e-30", nothing, "matched ("),

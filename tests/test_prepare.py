@@ -463,14 +463,17 @@ def test_split_by_task():
     (10, {"pool": 1, "val": 1, "test": 1, "rl": 2, "sft": 5}),
     (100, {"pool": 10, "val": 5, "test": 10, "rl": 25, "sft": 50}),
     (12_000, {"pool": 500, "val": 300, "test": 1000, "rl": 3000, "sft": 7200})])
-def test_split_by_share(n, sizes):
+def test_split_by_share(n, sizes, capsys):
     records = [record(i) for i in range(n)]
     splits = prepare.split("mine", records + records[:7])
     assert {split: len(part) for split, part in splits.items()} == sizes
     assert every(splits) == records and splits["sft"] != every({"sft": splits["sft"]})  # shuffled
     assert prepare.split("mine", records) == splits
-    with pytest.raises(ValueError, match="mine: 9 different records"):
+    assert capsys.readouterr().out == "(mine: 7 records are left out: they ask what an earlier one asks)\n"
+    with pytest.raises(ValueError, match=r"mine: 9 different records .*\(18 more ask what another"):
         prepare.split("mine", records[:9] * 3)
+    with pytest.raises(ValueError, match="mine: 1 different record is too few"):
+        prepare.split("mine", records[:1] * 12)
 
 
 # ---- the other data sets -----------------------------------------------------------------------------------
@@ -481,7 +484,9 @@ def test_alpaca(home, web, monkeypatch, capsys):
     for _ in range(2):
         assert prepare.ensure_data("alpaca") == home / "alpaca"
         assert every(read_splits(home / "alpaca")) == [{"task": ""} | row for row in rows]
-    assert "CC BY-NC 4.0" in capsys.readouterr().out and len(web.log) == 1
+    out = capsys.readouterr().out
+    assert "CC BY-NC 4.0" in out and len(web.log) == 1
+    assert out.count("(alpaca_data.json: 1 records without an output are left out)") == 1
 
 
 def test_dolly(home, web, monkeypatch):
