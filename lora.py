@@ -31,8 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.files import check_supported, file_hash, read_json, read_tensors, save_tensors, to_json
-from data.prepare import fingerprint
+from data.files import file_hash, read_json, read_tensors, save_tensors, to_json
+from data.prepare import fingerprint, read_adapter_config, say_other_base
 from model import Transformer
 from model import load as load_base
 
@@ -190,14 +190,7 @@ def load_adapter(model: Transformer, folder: str | Path, base_id: str, template:
 
     An adapter of ours that was trained on an int8 base gets one: it corrects that rounding and no other.
     """
-    file, ours = Path(folder, "adapter_config.json"), Path(folder, "nanopillow.json")
-    if not file.exists():
-        raise FileNotFoundError(f"{file} is missing; run python train_sft.py, or name an adapter.")
-    config = read_json(file, r=int, lora_alpha=float, target_modules=list | str)
-    # What would change the arithmetic is refused. PiSSA, OLoRA and the like have changed the base as well.
-    check_supported(config, file, "make the adapter plain LoRA with PEFT", peft_type=("LORA",), use_dora=(),
-                    use_rslora=(), bias=("none",), rank_pattern=(), alpha_pattern=(), modules_to_save=(),
-                    alora_invocation_tokens=(), init_lora_weights=(True, "gaussian", "orthogonal", "eva"))
+    config, ours = read_adapter_config(Path(folder)), Path(folder, "nanopillow.json")
     if ours.exists():
         made = read_json(ours, base_id=str, int8=bool, template=str)
         for field, now in (("base_id", base_id), ("template", template)):
@@ -207,14 +200,12 @@ def load_adapter(model: Transformer, folder: str | Path, base_id: str, template:
         if made["int8"]:
             quantize(model)
     targets = ALL_LINEAR if config["target_modules"] == "all-linear" else config["target_modules"]
-    if isinstance(targets, str):
-        raise ValueError(f"{file}: target_modules = {targets} is a pattern; list the names instead.")
     # PEFT writes full names for "all-linear"
     add_lora(model, config["r"], config["lora_alpha"], sorted({str(t).split(".")[-1] for t in targets}))
     tensors = adapter_tensors(model)
     # every tensor of the file and of the model must find its match: PEFT only warns, and the adapter is inert
     for name, tensor in read_tensors([Path(folder, "adapter_model.safetensors")], tensors,
-                                     "the adapter was trained on another model, train again"):
+                                     "the adapter was trained on another model, or on a part of its layers"):
         tensors[name].data.copy_(tensor)
     if not any(layer.B.any() for layer in lora_layers(model).values()):
         raise ValueError(f"{folder}: every B is zero, so the adapter does nothing; train it first.")
@@ -228,6 +219,7 @@ def load_tuned(base: str | Path, adapter: str, template: str, dtype: torch.dtype
     if adapter != "none":
         load_adapter(model, adapter, identity, template)
         merge(model)
+        say_other_base(adapter, base)
         files = [Path(adapter, f"adapter_{name}") for name in ("config.json", "model.safetensors")]
         identity += file_hash(*files)
     return model, identity

@@ -298,8 +298,12 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "
               for i in range(config.num_hidden_layers)}
     remedy = "take config.json and weights of one model, or fetch it again"
     for name, tensor in read_tensors(weight_files(Path(folder)), wanted | extra, remedy, extra, "model."):
-        if name in wanted:
+        if "inv_freq" not in name:
             state[name] = tensor.to(device=device, dtype=dtype)
+    embedding = state["embed_tokens.weight"]
+    if config.tie_word_embeddings and not torch.equal(state.pop("lm_head.weight", embedding), embedding):
+        raise ValueError(f"{folder}: tie_word_embeddings is true, but lm_head.weight is not the embedding; "
+                         "set it to false in config.json, or fetch the model again.")
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(False)
 

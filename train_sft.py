@@ -37,7 +37,7 @@ from torch import Tensor
 from data.cli import cli, join_torchrun, main_process_first, opt, pick_device, run_record
 from data.files import atomic_write, load_state, save_json, save_state
 from data.instructions import TEMPLATE, Record, collate, length_sorted_batches, read_fitting, training_example
-from data.prepare import ensure_base, ensure_data, fingerprint, read_config
+from data.prepare import ensure_base, ensure_data, fingerprint, hub_name, read_config
 from data.tokenizer import Tokenizer
 from lora import add_lora, quantize, save_adapter
 from model import Transformer, load, save
@@ -217,7 +217,7 @@ def main(s: Settings) -> None:
         if s.full:
             save(model, out, base)
         else:
-            save_adapter(model, out, str(base), run["base_id"], TEMPLATE)
+            save_adapter(model, out, hub_name(base), run["base_id"], TEMPLATE)
         save_json(run, out / "run.json")
         save_state(out / "state.safetensors", optimizer, names, progress, signature)
 

@@ -38,6 +38,7 @@ from data.files import (  # noqa: E402
     check_fields,
     check_supported,
     file_hash,
+    open_tensors,
     read_json,
     scratch_folder,
 )
@@ -218,6 +219,14 @@ def ensure_base(base: str) -> Path:
     return target
 
 
+def hub_name(base: str | Path) -> str:
+    """What others know a base by: its name on the hub if it was fetched from there, else its path."""
+    folder = Path(base).resolve()
+    names = {DATA / "base": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+    fetched = folder.parent == DATA and "--" in folder.name
+    return names.get(folder) or (folder.name.replace("--", "/", 1) if fetched else str(base))
+
+
 def read_config(folder: Path) -> dict:
     """The fields of model.Config from folder/config.json. What model.py cannot honour is refused by name."""
     file = folder / "config.json"
@@ -256,6 +265,36 @@ def read_config(folder: Path) -> dict:
                          f"{raw['head_dim']} in {raw['num_hidden_layers']} layers are no model of these "
                          "families; fetch it again.")
     return {field: raw[field] for field in (*kinds, "rope_scaling", "qkv_bias", "qk_norm")}
+
+
+def read_adapter_config(folder: Path) -> dict:
+    """An adapter's adapter_config.json, PEFT's or ours. What lora.py cannot honour is refused by name."""
+    file, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    if not file.exists():
+        raise FileNotFoundError(f"{file} is missing; run python train_sft.py, or name an adapter.")
+    config, remedy = read_json(file, r=int, lora_alpha=float, target_modules=list | str), (
+        "make the adapter plain LoRA with PEFT")
+    # What would change the arithmetic is refused. PiSSA, OLoRA and the like have changed the base as well.
+    check_supported(config, file, remedy, peft_type=("LORA",), bias=("none",),
+                    init_lora_weights=(True, "gaussian", "orthogonal", "eva"), **dict.fromkeys((
+                        "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save",
+                        "layers_to_transform", "layer_replication", "exclude_modules", "lora_bias",
+                        "trainable_token_indices", "alora_invocation_tokens", "target_parameters",
+                        "use_qalora", "use_bdlora", "kasa_config", "arrow_config"), ()))
+    if isinstance(targets := config["target_modules"], str) and targets != "all-linear":
+        raise ValueError(f"{file}: target_modules = {targets} is a pattern; list the names instead.")
+    with open_tensors(weights) as handle:
+        if others := [name for name in handle.keys() if ".lora_" not in name]:
+            raise ValueError(f"{weights}: '{others[0]}' is no LoRA matrix; an adapter with embeddings or a "
+                             f"head of its own is not supported: {remedy}.")
+    return config
+
+
+def say_other_base(adapter: str, base: str | Path) -> None:
+    """PEFT's adapters do not say which weights they were made for, but they have a name."""
+    made_for = read_json(Path(adapter, "adapter_config.json")).get("base_model_name_or_path")
+    if not Path(adapter, "nanopillow.json").exists() and made_for not in (str(base), hub_name(base)):
+        print(f"({adapter}: made for {made_for!r:.90}, used on {hub_name(base)})")
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -408,7 +408,8 @@ TABLE = {  # what it is: (command, damage, what the sentence must say)
     **{f"adapter with {name}": (RL, fields(PEFT, **{name: value}), f"adapter_config.json: {name} = ")
        for name, value in {"peft_type": "IA3", "use_dora": True, "use_rslora": True, "bias": "all",
                            "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 2},
-                           "modules_to_save": ["lm_head"], "init_lora_weights": "pissa"}.items()},
+                           "modules_to_save": ["lm_head"], "init_lora_weights": "pissa",
+                           "target_parameters": ["x"], "use_qalora": True}.items()},
     "adapter config a list": (RL, content(PEFT, "[]"), "adapter_config.json: must be a JSON object, but it"),
     "adapter config not JSON": (RL, cut(PEFT, 40), "adapter_config.json: not valid JSON"),
     **without(RL, OURS, "base_id int8 template"),
@@ -506,6 +507,8 @@ SAID = {  # what is taken, with a word about it
         [{"instruction": str(n), "input": [], "task": {}, "output": "y"} for n in range(10)])), "5 sft"),
     "weights in shards": (SFT, shards("part.safetensors"), "saved in out"),
     "one file beside an old index": (SFT, content(INDEX, '{"weight_map": {"a": "gone"}}'), "saved in out"),
+    "an adapter config with empty fields": (RL, fields(
+        PEFT, modules_to_save=[], rank_pattern={}, use_dora=False, layers_to_transform=[]), "saved in out"),
     "a temperature near 0": (ASK + "--temperature 1e-30", nothing, "matched ("),
     "a run that was killed before its first save": (SFT + "--resume", lambda home, _: (
         (home / "out").mkdir(), (home / "out/log.jsonl").touch()), "not saved anything yet: it starts again"),

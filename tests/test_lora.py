@@ -4,6 +4,7 @@
 """
 import copy
 import json
+import shutil
 
 import peft
 import pytest
@@ -233,8 +234,12 @@ REFUSED = {  # as PEFT writes them: settings of its config -> what the refusal n
     "dora": ({"use_dora": True}, "use_dora"),
     "rslora": ({"use_rslora": True}, "use_rslora"),
     "bias": ({"bias": "lora_only"}, "bias"),
-    "lora_bias": ({"lora_bias": True}, "lora_B.bias"),
-    "one layer": ({"layers_to_transform": [0]}, "layers.1"),
+    "lora_bias": ({"lora_bias": True}, "lora_bias = True"),
+    "one layer": ({"layers_to_transform": [0]}, r"layers_to_transform = \[0\]"),
+    "the layer with number 0": ({"layers_to_transform": 0}, "layers.1.*on a part of its layers"),
+    "all but one": ({"exclude_modules": ["v_proj"]}, r"exclude_modules = \['v_proj'\]"),
+    "a token": ({"trainable_token_indices": [3]}, r"trainable_token_indices = \[3\]"),
+    "the head's LoRA": ({"target_modules": ["q_proj", "lm_head"]}, "lm_head.base_layer.weight' is no LoRA"),
     "a saved head": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights = pissa"),  # its base is not the base
     "olora": ({"init_lora_weights": "olora"}, "init_lora_weights = olora"),
@@ -255,6 +260,31 @@ def test_pefts_other_kinds_are_refused(make_folder, tmp_path, changes, named):
     with pytest.raises(ValueError, match=named) as error:
         lora.load_adapter(load(folder), tmp_path / "a", "any base", "any template")
     assert "\n" not in str(error.value)
+
+
+def test_an_adapter_with_other_weights_inside_is_refused_for_that(llama, tmp_path):
+    """PEFT puts embeddings and head into the file when a vocabulary has grown."""
+    theirs = peft.get_peft_model(reference_model(llama[0]), peft.LoraConfig(
+        r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"))
+    theirs.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    with pytest.raises(ValueError, match=r"(embed_tokens|lm_head)\.weight' is no LoRA matrix; an adapter"):
+        lora.load_adapter(load(llama[0]), tmp_path / "a", "any base", "any template")
+
+
+def test_an_adapter_of_another_base_is_used_and_said(llama, tmp_path, capsys, monkeypatch):
+    """PEFT's files do not say which weights they were made for, but they have a name. Ours has the hub's."""
+    theirs = peft.get_peft_model(reference_model(llama[0]), peft.LoraConfig(
+        r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"))
+    base = shutil.copytree(llama[0], tmp_path / "me--small")
+    monkeypatch.setattr(prepare, "DATA", tmp_path)
+    for name, said in (("me/other", f"({tmp_path / 'a'}: made for 'me/other', used on me/small)\n"),
+                       ("me/small", ""), (str(base), "")):
+        theirs.peft_config["default"].base_model_name_or_path = name
+        theirs.save_pretrained(tmp_path / "a")
+        lora.load_tuned(base, str(tmp_path / "a"), "any template", torch.float32, "cpu")
+        assert capsys.readouterr().out == said
+    assert prepare.hub_name(tmp_path / "base") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert prepare.hub_name("elsewhere/me--small") == "elsewhere/me--small"
 
 
 # ---- merging -------------------------------------------------------------------------------------

@@ -248,6 +248,15 @@ def test_load_is_exact(variant, layout):
     assert not any(p.requires_grad or p.is_meta for p in ours.parameters())
 
 
+def test_a_tied_head_that_is_not_the_embedding_is_refused(make_folder, tmp_path):
+    """Ignored, it would change every token. With tie_word_embeddings false the same file is right."""
+    folder = shutil.copytree(make_folder("llama", tie_word_embeddings=True)[0], tmp_path / "m")
+    with_tensors(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1e-3}))
+    with pytest.raises(ValueError, match="tie_word_embeddings is true, but lm_head.weight is not the embed"):
+        load(folder)
+    assert load(edited(folder, tie_word_embeddings=False)).lm_head is not None
+
+
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16])
 def test_any_stored_type_into_any_wanted(make_folder, stored, wanted):
