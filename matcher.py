@@ -209,7 +209,8 @@ def load(folder: str | Path, model_id: str) -> tuple[Matcher, list[Record], int]
     meta = {field: raw[field] for field in kinds}
     if meta["model_id"] != model_id:
         raise ValueError(f"{folder}: the matcher was trained on embeddings of model {meta['model_id']}, but "
-                         f"this is {model_id}; use the same --base and --adapter, or train again.")
+                         f"this is {model_id}; use the same --base and --adapter, train again, or "
+                         "take the nearest prompts with --matcher none.")
     pool = [check_record(r, f"{file}: record {n}") for n, r in enumerate(meta["pool"], 1)]
     if meta["instruction"] != INSTRUCTION:
         raise ValueError(f"{file}: trained with INSTRUCTION = {meta['instruction']}, but it is {INSTRUCTION} "

@@ -11,7 +11,6 @@ it embeds prompts and does not number them. Without --prompt it asks for instruc
     python sample.py --pool data/example_pool.jsonl --prompt "Write the order code." --input "7 red tables"
     python sample.py --no_match --prompt "Write the order code." --input "7 red tables"
 """
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 import matcher as matching
-from data.cli import cli, opt, pick_device
+from data.cli import cli, command, ignored, opt, pick_device, typed
 from data.instructions import (
     NEXT_BLOCK,
     TEMPLATE,
@@ -91,11 +90,16 @@ def main(s: Settings) -> None:
     device, dtype = pick_device(s.device)
     if s.top_p > 1:
         raise ValueError(f"--top_p {s.top_p} must be at most 1.")
+    if s.input and not s.prompt.strip():
+        raise ValueError("--input is given without --prompt; give both, or neither and type them.")
+    ignored(s, "with --no_match", *["pool", "m"] * s.no_match)
+    ignored(s, "at --temperature 0", *["top_k", "top_p"] * (s.temperature == 0))
 
     # what has been trained so far
     base = ensure_base(s.base)
     if s.adapter != "none" and not Path(s.adapter, "adapter_config.json").exists():
-        print(f"(no adapter in {s.adapter}: the base model answers; to tune it, run python train_sft.py)")
+        print(f"(no adapter in {s.adapter}: the base model answers; to tune it, run "
+              + command("train_sft.py", s, "base device", out_dir=s.adapter) + ")")
         s.adapter = "none"
     model, model_id = load_tuned(base, s.adapter, TEMPLATE, dtype, device)
     tokenizer, generator = Tokenizer(base), torch.Generator(device).manual_seed(1337)
@@ -105,12 +109,16 @@ def main(s: Settings) -> None:
         vectors = matcher.pool  # (P, 2 C)
     elif not s.no_match:
         print(f"(no matcher in {s.matcher}: " + ("the nearest prompts of the pool are taken" if s.pool else
-              "no prompts are matched") + "; to train one, run python train_rl.py)")
+              "no prompts are matched") + "; to train one, run "
+              + command("train_rl.py", s, "base adapter pool device", out_dir=s.matcher) + ")")
     if s.pool and not s.no_match:
         pool = matching.read_pool(s.pool)
         vectors = matching.embed_records(model, tokenizer, pool)  # (P, 2 C)
         matcher = matcher or matching.Matcher(vectors, hidden=1)  # untrained: nearest neighbours
-    m = min(s.m or m, len(pool))
+    m = s.m or m
+    if 0 < len(pool) < m:
+        print(f"(m = {m}, but the pool has {len(pool)} prompts: all are taken)")
+        m = len(pool)
 
     @torch.no_grad()
     def answer(query: Record) -> None:
@@ -134,14 +142,13 @@ def main(s: Settings) -> None:
     if s.prompt.strip():
         answer({"task": "", "instruction": s.prompt, "input": s.input, "output": ""})
         return
-    print("type an instruction (then its input, or nothing); an empty instruction ends")
-    with suppress(EOFError):
-        while instruction := input("instruction> ").strip():
-            try:
-                text = input("input> ").strip()
-                answer({"task": "", "instruction": instruction, "input": text, "output": ""})
-            except ValueError as error:  # a query that is too long must not end the session
-                print(error)
+    for instruction, text in typed():
+        try:
+            answer({"task": "", "instruction": instruction, "input": text, "output": ""})
+        except ValueError as error:  # a query that is too long must not end the session
+            print(error)
+        except KeyboardInterrupt:  # nor must Ctrl-C, which ends the answer
+            print("\n(stopped; an empty instruction ends)")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import matcher as matching
-from data.cli import cli, join_torchrun, main_process_first, opt, pick_device, run_record
+from data.cli import cli, command, join_torchrun, main_process_first, opt, pick_device, run_record
 from data.files import save_json
 from data.instructions import (
     TEMPLATE,
@@ -313,7 +313,8 @@ def main(s: Settings) -> None:
     queries = load_queries(data, tokenizer, model.config.max_position_embeddings - s.max_new_tokens, s.seed)
     pool = matching.read_pool(s.pool or data / "pool.jsonl", sum(queries.values(), []))
     if len(pool) <= s.m:
-        raise ValueError(f"{s.pool or data}: {len(pool)} prompts are too few to choose {s.m}; lower --m.")
+        raise ValueError(f"{s.pool or data}: {len(pool)} prompts are too few to choose {s.m}; lower --m, "
+                         f"or give at least {s.m + 1} with --pool.")
     queries = {"rl": queries["rl"][:s.steps * s.queries], "val": queries["val"][:VAL_QUERIES],
                "test": queries["test"][:s.test_queries or None]}
     env = Environment(model, tokenizer, pool, s.max_new_tokens, f"{model_id} {dtype}", out / "rewards.jsonl")
@@ -375,7 +376,10 @@ def main(s: Settings) -> None:
         print(f"| {name} | {rows[name]['rouge']:.1f} | {rows[name]['exact']:.1f} | {gap} |")
     if rank == 0:
         save_json({"settings": asdict(s), "rows": rows}, out / "table.json")
-    print(f"\nsaved in {out}. next: python sample.py --prompt \"...\" (or python tests/compare.py)")
+    print(f"\nsaved in {out}. next: {command('sample.py', s, 'base adapter device', matcher=s.out_dir)} "
+          "--prompt \"...\" (or "
+          + command("tests/compare.py", s, "base adapter data max_new_tokens seed device dtype",
+                    matcher=s.out_dir) + ")")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.cli import cli, join_torchrun, main_process_first, opt, pick_device, run_record
+from data.cli import cli, command, ignored, join_torchrun, main_process_first, opt, pick_device, run_record
 from data.files import atomic_write, load_state, save_json, save_state
 from data.instructions import TEMPLATE, Record, collate, length_sorted_batches, read_fitting, training_example
 from data.prepare import ensure_base, ensure_data, fingerprint, hub_name, read_config
@@ -158,6 +158,7 @@ def main(s: Settings) -> None:
     out = Path(s.out_dir)
     device, dtype = pick_device(s.device, s.dtype)
     rank, world, device = join_torchrun(device)
+    ignored(s, "with --full", *["r", "alpha", "no_int8"] * s.full)
 
     # data: records -> examples with masks
     with main_process_first(rank, world):
@@ -205,6 +206,8 @@ def main(s: Settings) -> None:
     elif s.resume:
         print(f"(the run in {out} had not saved anything yet: it starts again)")
     start, tokens = int(start), int(tokens)
+    if start >= steps:
+        print(f"(the run in {out} has made all of its {steps} steps: nothing is left to do)")
 
     def all_reduce_sum(number: float) -> float:
         if world == 1:
@@ -297,8 +300,9 @@ def main(s: Settings) -> None:
     finally:
         for sig, handler in handlers.items():
             signal.signal(sig, handler)
-    print(f"saved in {out}. next: python train_rl.py"
-          + (f" --base {out} --adapter none --out_dir out/rl_full" if s.full else ""))
+    tuned = {"base": s.out_dir, "adapter": "none", "out_dir": "out/rl_full"} if s.full else {
+        "adapter": s.out_dir}
+    print(f"saved in {out}. next: " + command("train_rl.py", s, "base data seed device dtype", **tuned))
 
 
 if __name__ == "__main__":

@@ -6,12 +6,14 @@ with cli(Settings, main). Nothing of the method lives here.
 import dataclasses
 import os
 import re
+import select
+import shlex
 import shutil
 import subprocess
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +27,10 @@ from data.files import lock_folder
 # one length and halve the peak memory (assets/EXPERIMENTS.md). Both are read at the first matrix product.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
+
+
+ROOT = Path(__file__).resolve().parent.parent
+PATHS = ("base", "adapter", "data", "pool", "matcher", "full", "out_dir")  # flags that may name a path
 
 
 # ---- settings and errors ---------------------------------------------------------------------------------
@@ -52,35 +58,104 @@ def parse(settings: type, doc: str):
     return settings(**vars(parser.parse_args()))
 
 
+def find_paths(s) -> None:
+    """A path that is not in the working directory may lie beside the code, as out/ does. Says which."""
+    for field in dataclasses.fields(s):
+        value = getattr(s, field.name)
+        if field.name not in PATHS or not isinstance(value, str) or not value:
+            continue
+        path, beside = Path(value).expanduser(), ROOT / value
+        found = value == field.default if field.name == "out_dir" else beside.exists()
+        if found and not path.exists() and not ROOT.samefile("."):
+            print(f"(--{field.name}: {beside})")
+            path = beside
+        if path != Path(value):
+            setattr(s, field.name, str(path))
+
+
+def command(script: str, s, shared: str, **given: str) -> str:
+    """`script` as a command line, with the flags of this run that it knows too and the `given` ones."""
+    usual = {field.name: str(field.default) for field in dataclasses.fields(s)}
+    flags = {name: str(getattr(s, name)) for name in shared.split()} | given
+    words = [f"--{name} {shlex.quote(value)}" for name, value in flags.items()
+             if value.removeprefix(f"{ROOT}/") not in (usual.get(name), "out/sft", "out/rl")]
+    return " ".join([f"python {'' if ROOT.samefile('.') else f'{ROOT}/'}{script}", *words])
+
+
+def ignored(s, when: str, *names: str) -> None:
+    """Says in one line which of these flags were given although they change nothing."""
+    given = [f"--{field.name}" for field in dataclasses.fields(s)
+             if field.name in names and getattr(s, field.name) != field.default]
+    if given:
+        print(f"({', '.join(given)}: without effect {when})")
+
+
+def typed() -> Iterator[tuple[str, str]]:
+    """(instruction, input) as a user types them, until an empty instruction; of a pipe each line is one."""
+    if not sys.stdin.isatty():
+        yield from ((line.strip(), "") for line in sys.stdin if line.strip())
+        return
+    def read(prompt: str) -> str:
+        """A line, or all lines of a text that was pasted."""
+        lines = [input(prompt)]
+        with suppress(EOFError):
+            while os.name == "posix" and select.select([sys.stdin], [], [], 0.05)[0]:
+                lines.append(input())
+        return "\n".join(lines).strip()
+    print("type an instruction (then its input, or nothing); an empty instruction ends")
+    with suppress(EOFError):
+        while instruction := read("instruction> "):
+            text = ""
+            with suppress(EOFError):
+                text = read("input> ")
+            yield instruction, text
+
+
 def cli(settings: type, main: Callable) -> None:
     """Parses the command line and calls main(settings).
 
     An error that a user can cause (ValueError, OSError, out of memory) ends in one line and status 1; any
     other error is our bug and shows its traceback.
     """
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a character that the terminal cannot show must not end a run
+            stream.reconfigure(errors="replace")
     s = parse(settings, (sys.modules[main.__module__].__doc__ or "").strip())
-    name, out = Path(sys.argv[0]).name, getattr(s, "out_dir", "")
-    again = f"; finished work is kept in {out}: run it again" + " with --resume" * hasattr(s, "resume")
-    kept = again if out else ""
+    name = Path(sys.argv[0]).name
+    def kept() -> str:
+        out = getattr(s, "out_dir", "")
+        if not out or not Path(out).is_dir() or not any(Path(out).iterdir()):
+            return ""
+        return f"; finished work is kept in {out}: run it again" + " with --resume" * hasattr(s, "resume")
     try:
         for field in dataclasses.fields(s):
             value, least = getattr(s, field.name), field.metadata["least"]
             if isinstance(value, int | float) and not least <= value < 1 << 62:  # refuses NaN too
                 raise ValueError(f"--{field.name} {value}: must be a number from {least:g} on; see --help.")
+        find_paths(s)
+        out = getattr(s, "out_dir", "")
         with lock_folder(Path(out)) if out and os.environ.get("RANK", "0") == "0" else nullcontext():
             main(s)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head`: whoever reads has seen enough
+        with suppress(OSError):  # or Python would complain at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # 128 + SIGPIPE
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         text = " ".join(str(error).split())
         if isinstance(error, RuntimeError | MemoryError):
-            if isinstance(error, RuntimeError) and "memory" not in text:
+            if "no kernel image" in text:
+                text = "this PyTorch was not built for this GPU; use --device cpu, or another PyTorch"
+            elif isinstance(error, RuntimeError) and "memory" not in text:
                 raise
-            text = f"out of memory ({text[:90]}); use a smaller model or fewer tokens at once{kept}"
+            else:
+                text = f"out of memory ({text[:90]}); use a smaller model or fewer tokens at once{kept()}"
         elif getattr(error, "errno", None):  # the system's own words name no remedy
-            text = f"{error.filename or out}: {error.strerror}; fix that{kept or ' and run it again'}"
+            text = f"{error.filename or out}: {error.strerror}; fix that{kept() or ' and run it again'}"
         # A broken file may hold a long text, or control characters that would steer the terminal.
         sys.exit(f"{name}: " + "".join(c if c.isprintable() else "?" for c in text[:600]))
     except KeyboardInterrupt:
-        print(f"\n{name}: stopped{kept}", file=sys.stderr)
+        print(f"\n{name}: stopped{kept()}", file=sys.stderr)
         sys.exit(130)  # 128 + SIGINT, what a shell expects
 
 
@@ -114,7 +189,8 @@ def pick_device(device: str, dtype: str = "auto") -> tuple[str, torch.dtype]:
         raise ValueError(f"--device {device}: this machine (or this PyTorch) has none; choose cpu.")
     if dtype == "auto":
         cpu = torch.cpu.get_capabilities() if device == "cpu" else {}
-        native = torch.cuda.is_bf16_supported() if "cuda" in device else (
+        # is_bf16_supported() is true where bf16 is emulated (a T4); native it is from capability 8.0 on
+        native = torch.cuda.get_device_capability(device) >= (8, 0) if "cuda" in device else (
             cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
         dtype = "bfloat16" if native else "float32"
     return device, getattr(torch, dtype)
@@ -128,7 +204,8 @@ def join_torchrun(device: str) -> tuple[int, int, str]:
         device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
         if rank:
-            sys.stdout = open(os.devnull, "w")  # process 0 prints, fetches, logs and saves for all
+            # process 0 prints, fetches, logs and saves for all
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")
     return rank, world, device
 
 

@@ -111,7 +111,8 @@ def read_fitting(path: Path, tokenizer: Tokenizer, max_length: int, answered: bo
         length = len(ids) + (len(tokenizer.encode(record["output"])) + 1 if answered else 0)  # + 1: EOS
         kept += [record] if length <= max_length else []
     if not kept:
-        raise ValueError(f"{path}: no record fits in {max(0, max_length)} tokens; shorten them.")
+        raise ValueError(f"{path}: no record fits in {max(0, max_length)} tokens; shorten them"
+                         + " or lower --max_new_tokens" * (not answered) + ".")
     print(f"{path.stem}: {len(kept)} records" + (len(kept) < len(records)) * (
         f" ({len(records) - len(kept)} longer than {max_length} tokens, left out)"))
     return kept
@@ -145,7 +146,7 @@ def join_ids(tokenizer: Tokenizer, prompts: Sequence[Record], rest: list[int],
         if len(ids) <= max_length:
             return ids, len(prompts) - first
     raise ValueError(f"the query has {len(ids)} tokens, but the model has room for {max(0, max_length)}; "
-                     "shorten it.")
+                     "shorten it, or lower --max_new_tokens.")
 
 
 def training_example(tokenizer: Tokenizer, record: Record, prompts: Sequence[Record],

@@ -32,7 +32,7 @@ from tqdm import tqdm
 DATA = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA.parent))  # `python data/prepare.py` would look for data.cli in data/
 
-from data.cli import cli, opt  # noqa: E402
+from data.cli import cli, command, opt  # noqa: E402
 from data.files import (  # noqa: E402
     atomic_replace,
     check_fields,
@@ -463,7 +463,8 @@ class Settings:
 def main(settings: Settings) -> None:
     with scratch_folder(DATA):  # clears away what killed runs left, also when there is nothing to do
         base, data = ensure_base(settings.base), ensure_data(settings.data)
-    print(f"base model in {base}\ndata in {data}\ndata/.downloads may go; next: python train_sft.py")
+    print(f"base model in {base}\ndata in {data}\ndata/.downloads may go; next: "
+          + command("train_sft.py", settings, "base data"))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import matcher as matching
 import sample
 import train_rl
 import train_sft
+from data import cli as plumbing
 from data import prepare
 from data.cli import cli
 from data.files import read_metadata
@@ -55,6 +56,7 @@ def home(original, tmp_path, monkeypatch):
     """A copy to be damaged; it is the working directory and holds the data folder."""
     folder = shutil.copytree(original, tmp_path / "home")
     monkeypatch.setattr(prepare, "DATA", folder / "data")
+    monkeypatch.setattr(plumbing, "ROOT", folder)
     monkeypatch.setattr(train_rl, "VAL_QUERIES", 2)
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.chdir(folder)
@@ -417,6 +419,7 @@ TABLE = {  # what it is: (command, damage, what the sentence must say)
     # ---- matcher
     "no matcher to compare": (COMPARE, nothing, "matcher.json is missing; run python train_rl.py first"),
     "matcher of another model": (ASK + "--adapter none", nothing, "was trained on embeddings of model"),
+    "and the way out": (ASK + "--adapter none", nothing, "or take the nearest prompts with --matcher none"),
     "matcher of another width": (ASK, narrow, "embeddings of width 24, but the model's have 96; train"),
     "matcher truncated": (ASK, cut(MATCHER, -5), "matcher.safetensors: broken safetensors file"),
     "matcher without tensors": (ASK, gone(MATCHER), "matcher.safetensors is missing"),
@@ -466,6 +469,8 @@ TABLE = {  # what it is: (command, damage, what the sentence must say)
     "output is a file": (SFT + "--out_dir mine.jsonl", nothing, "mine.jsonl: File exists; fix that"),
     "output below a file": (RL + "--out_dir mine.jsonl/out", nothing, "jsonl/out: Not a directory; fix that"),
     "output where nobody may write": (SFT + "--out_dir /proc/out", nothing, "/proc"),
+    "a GPU that PyTorch was not built for": (SFT, raises(RuntimeError(
+        "CUDA error: no kernel image is available for execution on the device"), *LOADS), "use --device cpu"),
     "out of memory (PyTorch)": (SFT, raises(MEMORY, *LOADS), "out of memory ([enforce"),
     "out of memory (Python)": (RL, raises(MemoryError(), *LOADS), "out of memory (); use a smaller model"),
     "all weights over their base": (SFT + "--full --out_dir base", nothing, "would overwrite its own base"),
@@ -512,6 +517,14 @@ SAID = {  # what is taken, with a word about it
     "a temperature near 0": (ASK + "--temperature 1e-30", nothing, "matched ("),
     "a run that was killed before its first save": (SFT + "--resume", lambda home, _: (
         (home / "out").mkdir(), (home / "out/log.jsonl").touch()), "not saved anything yet: it starts again"),
+    "a run that is finished": (SFT + "--resume", state(lambda _: None), "has made all of its 1 steps: noth"),
+    "flags of LoRA for all weights": (SFT + "--full --r 4 --no_int8 --lr 5e-5", nothing,
+                                      "(--no_int8, --r: without effect with --full)"),
+    "what comes next": (SFT, nothing, "next: python train_rl.py --base base --data mine.jsonl --device cpu "
+                                      "--dtype float32 --adapter out\n"),
+    "what comes after that": (
+        RL, nothing, "next: python sample.py --base base --adapter sft --device cpu --matcher out "
+                     "--prompt \"...\" (or python tests/compare.py --base base --adapter sft --data mine."),
     "not tuned yet": (ASK + "--adapter gone --no_match", nothing, "to tune it, run python train_sft.py"),
     "no matcher yet": (ASK + "--matcher gone", nothing, "to train one, run python train_rl.py"),
 }

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import os
 import random
 import re
 import runpy
@@ -594,15 +595,92 @@ def test_cli_user_errors(monkeypatch, error, words):
     assert exit.value.code == f"train.py: {words}"  # Python prints a text to stderr and exits with status 1
 
 
-def test_cli_ctrl_c_and_bugs(monkeypatch, capsys):
+def test_cli_ctrl_c_and_bugs(monkeypatch, capsys, tmp_path):
     def main(settings):
+        if settings.steps == 1:
+            Path("out/log").touch()
         raise KeyboardInterrupt if settings.full else KeyError("a bug of ours")
-    with pytest.raises(SystemExit) as exit:
-        run_cli(monkeypatch, main, "--full")
-    assert exit.value.code == 130 and capsys.readouterr().err == (
-        "\ntrain.py: stopped; finished work is kept in out: run it again\n")
+    monkeypatch.chdir(tmp_path)
+    for steps, kept in ((2, ""), (1, "; finished work is kept in out: run it again")):
+        with pytest.raises(SystemExit) as exit:
+            run_cli(monkeypatch, main, "--full", "--steps", str(steps), "--out_dir", "./out")
+        assert exit.value.code == 130
+        assert capsys.readouterr().err == f"\ntrain.py: stopped{kept}\n".replace("in out", "in ./out")
     with pytest.raises(KeyError):  # the user cannot fix it, so it keeps its traceback
         run_cli(monkeypatch, main)
+
+
+def test_cli_closed_pipe_ends_quietly(monkeypatch, tmp_path):
+    """`train_sft.py | head -1`: in the middle, or when the last lines are flushed."""
+    monkeypatch.chdir(tmp_path)
+    for lines in (1, 10_000):
+        reader, writer = os.pipe()
+        os.close(reader)
+        with pytest.raises(SystemExit) as exit, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", open(writer, "w"))
+            run_cli(patch, lambda _, lines=lines: [print("step", n) for n in range(lines)])
+        assert exit.value.code == 141
+
+
+def test_cli_any_text_on_any_terminal(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw := io.BytesIO(), encoding="ascii"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
+    run_cli(monkeypatch, lambda _: print("größer", input()))
+    assert raw.getvalue().endswith(b"gr??er caf?\n")
+
+
+@dataclasses.dataclass
+class Paths:
+    out_dir: str = cli.opt("out/sft", "where")
+    adapter: str = cli.opt("out/ad", "which")
+    pool: str = cli.opt("", "prompts")
+    prompt: str = cli.opt("", "no path")
+
+
+def test_cli_finds_paths_from_any_folder(monkeypatch, tmp_path, capsys):
+    """Here first, then beside the code; what is to be made goes beside it by default, else here."""
+    code, here = tmp_path / "code", tmp_path / "here"
+    for folder in (code / "out/ad", code / "out/mine", code / "data", here):
+        folder.mkdir(parents=True)
+    monkeypatch.setattr(cli, "ROOT", code)
+    monkeypatch.setenv("HOME", str(here))
+    got = []
+    def paths(*flags):
+        run_cli(monkeypatch, lambda s: got.append(list(vars(s).values())), *flags, settings=Paths)
+        return got[-1], capsys.readouterr().out
+    monkeypatch.chdir(here)
+    assert paths("--pool", "data", "--prompt", "data") == (
+        [str(code / "out/sft"), str(code / "out/ad"), str(code / "data"), "data"],
+        f"(--out_dir: {code / 'out/sft'})\n(--adapter: {code / 'out/ad'})\n(--pool: {code / 'data'})\n")
+    (here / "data").touch()
+    wanted = ["out/mine", "gone", "data", ""]
+    assert paths("--out_dir", "out/mine", "--adapter", "gone", "--pool", "data") == (wanted, "")
+    assert paths("--out_dir", "~/x", "--adapter", "~")[0][:2] == [str(here / "x"), str(here)]
+    monkeypatch.chdir(code)
+    assert paths() == (["out/sft", "out/ad", "", ""], "")
+
+
+def test_the_next_command_carries_this_runs_flags(monkeypatch, tmp_path):
+    s = train_sft.Settings(base="my base", data="mine.jsonl", out_dir="out/x", device="cpu")
+    monkeypatch.setattr(cli, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert cli.command("train_rl.py", s, "base data seed", adapter=s.out_dir) == (
+        "python train_rl.py --base 'my base' --data mine.jsonl --adapter out/x")
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    plain = train_sft.Settings(out_dir=f"{tmp_path}/out/sft")
+    assert cli.command("train_rl.py", plain, "base data", adapter=plain.out_dir) == (
+        f"python {tmp_path}/train_rl.py")
+
+
+def test_bfloat16_only_where_a_gpu_has_it(monkeypatch):
+    """PyTorch says that a T4 (7.5) supports it: it emulates it, slowly."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for capability, dtype in (((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, of=capability: of)
+        assert cli.pick_device("auto") == ("cuda", dtype) and cli.pick_device("cuda:1")[1] == dtype
 
 
 def test_script_itself(tmp_path):

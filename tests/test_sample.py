@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import matcher as matching
 import model as llama
 import sample
+from data import cli
 from data.instructions import TEMPLATE, at_next_block, clean_answer, join_ids, query_text
 from data.tokenizer import Tokenizer
 from lora import load_tuned
@@ -156,7 +157,7 @@ def test_matcher_of_another_model_is_refused(run):
 def typing(monkeypatch, *lines) -> list:
     """input() gives these lines, or raises one of them; what is not read stays in the list."""
     left = list(lines)
-    def read(_prompt):
+    def read(_prompt=""):
         if isinstance(line := left.pop(0), str):
             return line
         raise line
@@ -164,21 +165,72 @@ def typing(monkeypatch, *lines) -> list:
     return left
 
 
+@pytest.fixture
+def terminal(monkeypatch):
+    """Input comes from a terminal, in which nothing more waits to be read."""
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    waits = []
+    monkeypatch.setattr(cli.select, "select", lambda *_: [waits.pop() if waits else []])
+    return waits
+
+
+@pytest.mark.usefixtures("terminal")
 @pytest.mark.parametrize("end", ["", EOFError])
 def test_interactive_loop(run, monkeypatch, end):
     """Instruction, input, answer, and again; an empty instruction or the end of the input ends it."""
     alone = run(no_match=True)
     typed = ("Say it louder.", "a sleepy fox", " Say it louder. ", "a sleepy fox", end, "too late")
     left = typing(monkeypatch, *typed)
-    assert run(prompt="", no_match=True).split("\n", 1)[1] == alone * 2 and left == ["too late"]
+    assert run(prompt="", input="", no_match=True).split("\n", 1)[1] == alone * 2 and left == ["too late"]
 
 
+@pytest.mark.usefixtures("terminal")
+def test_a_bad_line_or_ctrl_c_does_not_end_the_session(run, monkeypatch):
+    """A line that is too long, Ctrl-C while it answers, Ctrl-D instead of an input."""
+    alone, plain = run(no_match=True), run(no_match=True, input="")
+    pressed, answering = [KeyboardInterrupt], sample.generate
+    def generate(*args, **how):
+        if pressed:
+            raise pressed.pop()
+        return answering(*args, **how)
+    monkeypatch.setattr(sample, "generate", generate)
+    asked = ["Say it louder.", "a sleepy fox"]
+    left = typing(monkeypatch, "fox " * 600, "", *asked, *asked, asked[0], EOFError, "", "too late")
+    text = run(prompt="", input="", no_match=True).split("\n", 1)[1]
+    long, _, rest = text.partition("\n")
+    assert "shorten it, or lower --max_new_tokens" in long and left == ["too late"]
+    assert rest == "\n(stopped; an empty instruction ends)\n" + alone + plain
+
+
+def test_a_text_that_was_pasted_is_one(monkeypatch, terminal):
+    typing(monkeypatch, "Say it.", "a", "", "b", "")
+    terminal += [[], [1], [1], []]  # is more waiting: after the instruction, then in the input
+    assert next(cli.typed()) == ("Say it.", "a\n\nb")
+
+
+def test_a_pipe_is_answered_line_by_line(run, monkeypatch):
+    """The last line may lack its end, and a blank one is no question."""
+    one = run(no_match=True, input="")
+    monkeypatch.setattr("sys.stdin", io.StringIO("Say it louder.\n\n  Say it louder."))
+    assert run(prompt="", input="", no_match=True) == one * 2
+
+
+def test_flags_without_effect_are_said(run, tmp_path):
+    file = str(tiny.write_records(tmp_path / "pool.jsonl", POOL[:3]))
+    assert run(pool=file, m=5).count("(m = 5, but the pool has 3 prompts: all are taken)\n") == 1
+    assert "(--pool, --m: without effect with --no_match)\n" in run(pool="nope", m=5, no_match=True)
+    assert "(--top_k, --top_p: without effect at --temperature 0)\n" in run(top_k=3, top_p=0.5)
+    with pytest.raises(ValueError, match="--input is given without --prompt; give both"):
+        run(prompt="")
+
+
+@pytest.mark.usefixtures("terminal")
 def test_drawn_answers_differ_and_a_run_repeats_them(run, monkeypatch):
     hot = {"temperature": 1.0, "no_match": True}
     one = run(**hot)
     assert run(**hot) == one != run(no_match=True)
     typing(monkeypatch, *["Say it louder.", "a sleepy fox"] * 2, "")
-    answers = run(prompt="", **hot).split("\n", 1)[1]
+    answers = run(prompt="", input="", **hot).split("\n", 1)[1]
     assert answers.startswith(one) and answers != 2 * one  # one generator draws all answers of a run
 
 
