@@ -15,17 +15,20 @@ import os
 import random
 import re
 import shutil
+import ssl
 import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from http.client import HTTPException
+from importlib.util import find_spec
 from pathlib import Path
+from urllib.error import URLError
 from urllib.parse import urljoin
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 from tqdm import tqdm
 
@@ -85,6 +88,20 @@ MISTAKES = 0.4  # share of a task's prompts in the pool that get a wrong answer
 
 # ---- the base model ----------------------------------------------------------------------------------------
 
+def open_url(source: str, start: int = 0):
+    """The response to a request for what is at `source`, from byte `start` on."""
+    request = Request(source, headers={"Range": f"bytes={start}-"} if start else {})
+    if source.startswith(f"{HUB}/") and os.environ.get("HF_TOKEN"):  # for the hub, not its file servers
+        request.add_unredirected_header("Authorization", f"Bearer {os.environ['HF_TOKEN']}")
+    try:
+        return urlopen(request, timeout=60)
+    except URLError as error:  # python.org's Python for macOS has no certificates; certifi came with tiktoken
+        if not isinstance(error.reason, ssl.SSLCertVerificationError) or not find_spec("certifi"):
+            raise
+        from certifi import where
+        return urlopen(request, timeout=60, context=ssl.create_default_context(cafile=where()))
+
+
 def fetch(source: str, what: str, digest: str | None = None, folder: str = "") -> Path:
     """`source` -> data/.downloads/<folder>/<its name>, unless that is there already (and has that sha256).
 
@@ -99,23 +116,37 @@ def fetch(source: str, what: str, digest: str | None = None, folder: str = "") -
     with scratch_folder(DATA) as temp:
         part = temp / name
         try:
-            if name.endswith(".whl"):  # pip knows the user's index, and must not build: that runs setup.py
+            if name.endswith(".whl") and find_spec("pip"):  # pip knows the user's index, but must not build
                 pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
                 subprocess.run([*pip, "-d", str(temp), "==".join(name.split("-")[:2])], check=True)
             else:
-                if name.endswith(".tar.gz"):  # pip would build it, so look up its link on the index (PEP 503)
-                    page = urlopen(urljoin(source, "."), timeout=60).read().decode()
+                if name.endswith((".tar.gz", ".whl")):  # its link stands on the index (PEP 503)
+                    project = name.split("-")[0].replace("_", "-")
+                    source = source if "/" in source else f"{INDEX}/{project}/{name}"
+                    page = open_url(urljoin(source, ".")).read().decode()
                     links = re.findall(rf'href="([^"#]*{name})["#]', page)
                     source = urljoin(source, links[0] if links else name)
-                with (urlopen(source, timeout=60) as response, part.open("wb") as file,
+                response, start = open_url(source), 0
+                if tag := response.headers.get("ETag"):  # what came before it broke off stays, to go on from
+                    part = path.with_name(f"{name}.{sha256(tag.encode()).hexdigest()[:8]}.part")
+                    start = part.stat().st_size if part.exists() else 0
+                if 0 < start < (response.length or 0):
+                    response.close()
+                    response = open_url(source, start)
+                mode = "ab" if response.status == 206 else "wb"
+                with (response, part.open(mode) as file,
                       tqdm.wrapattr(file, "write", total=response.length, desc=name) as bar):
                     shutil.copyfileobj(response, bar)
                 if response.length:  # TRAP: reading just ends when the server hangs up early
                     raise OSError(f"it broke off with {response.length:,} bytes to come")
         except (OSError, HTTPException, subprocess.CalledProcessError) as error:
-            kind = FileNotFoundError if getattr(error, "code", None) == 404 else OSError
-            raise kind(f"{source}: {error}; fix that, or put the file there by hand: {path}") from None
+            code, page = getattr(error, "code", None), source.split("/resolve/")[0]
+            remedy = (f"accept the licence on {page} and set HF_TOKEN to a token of yours, or give --base a "
+                      "folder with a copy") if code in (401, 403) else "fix that"
+            kind = FileNotFoundError if code == 404 else OSError
+            raise kind(f"{source}: {error}; {remedy}, or put the file there by hand: {path}") from None
         if digest and (found := sha256(part.read_bytes()).hexdigest()) != digest:
+            part.unlink()
             raise ValueError(f"{source}: its sha256 is {found} instead of {digest}; do not use this source")
         atomic_replace(part, path)
     return path
@@ -189,6 +220,8 @@ def fetch_hub(repo: str, target: Path) -> None:
         return fetch(f"{HUB}/{repo}/resolve/main/{name}", what, folder=target.name)
     folder = get("config.json").parent  # finished files wait here when a later one breaks off
     get("tokenizer.json")
+    with suppress(FileNotFoundError):  # chat models often name an id that ends an answer only here
+        get("generation_config.json")
     try:
         get("model.safetensors")
     except FileNotFoundError:  # a larger model comes in shards, listed in an index

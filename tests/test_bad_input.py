@@ -176,7 +176,7 @@ def raises(error, *places):
 def page(body: bytes):
     """What any address on the network gives."""
     class Response(BytesIO):
-        length = None
+        length, headers, status = None, {}, 200
     return patched(lambda *_args, **_how: Response(body), (prepare, "urlopen"))
 
 

