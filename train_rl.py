@@ -52,9 +52,10 @@ from data.instructions import (
     prompt_ids,
     query_text,
     read_fitting,
+    say_long_answers,
     words,
 )
-from data.prepare import ensure_base, ensure_data
+from data.prepare import ensure_base, ensure_data, seen_by
 from data.tokenizer import Tokenizer
 from lora import load_tuned
 from matcher import Matcher, embed, embed_records
@@ -311,6 +312,8 @@ def main(s: Settings) -> None:
     tokenizer = Tokenizer(base)
     model, model_id = load_tuned(base, s.adapter, TEMPLATE, dtype, device)
     queries = load_queries(data, tokenizer, model.config.max_position_embeddings - s.max_new_tokens, s.seed)
+    say_long_answers(queries, tokenizer, s.max_new_tokens)
+    seen_by(base if s.adapter == "none" else Path(s.adapter), "sft", data, queries)
     pool = matching.read_pool(s.pool or data / "pool.jsonl", sum(queries.values(), []))
     if len(pool) <= s.m:
         raise ValueError(f"{s.pool or data}: {len(pool)} prompts are too few to choose {s.m}; lower --m, "
@@ -364,7 +367,8 @@ def main(s: Settings) -> None:
         entries[name] = env.scores(test, picks[name])
     if env.shortened:
         print(f"({env.shortened} of the answers computed now lack their first prompts: the context was full)")
-    print(f"\n{len(test)} test queries, points of 100; brackets are 95% intervals\n\n"
+    print(f"\n{len(test)} test queries, points of 100; brackets are 95% intervals"
+          + " (of so few queries they say little)" * (len(test) < 30) + "\n\n"
           "| prompts | ROUGE-L | exact | ROUGE-L minus nearest |\n|---|---:|---:|---:|")
     score = {name: {key: torch.tensor([float(e[key]) for e in found]) for key in ("rouge", "exact")}  # (N)
              for name, found in entries.items()}

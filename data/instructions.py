@@ -118,6 +118,14 @@ def read_fitting(path: Path, tokenizer: Tokenizer, max_length: int, answered: bo
     return kept
 
 
+def say_long_answers(queries: dict[str, list[Record]], tokenizer: Tokenizer, limit: int) -> None:
+    """Says how many references no answer can reach."""
+    lengths = [len(tokenizer.encode(query["output"])) for of in queries.values() for query in of]
+    if n := sum(length > limit for length in lengths):
+        print(f"({n} of {len(lengths)} references are longer than --max_new_tokens {limit}: no answer can "
+              "reach them)")
+
+
 # ---- template and token ids ------------------------------------------------------------------------------
 
 def query_text(record: Record) -> str:

@@ -485,6 +485,30 @@ def ensure_data(data: str) -> Path:
     return target
 
 
+def seen_by(run: Path, part: str, data: Path, queries: dict[str, list[dict]]) -> set[str]:
+    """The tasks of the records (`part` of its data) on which the run in this folder was trained, if of ours.
+
+    Says if that was another data set than `data`, and how many of `queries` were among those records.
+    """
+    if not (run / "run.json").exists():
+        return set()
+    digest = read_json(run / "run.json", data=dict)["data"].get(f"{part}.jsonl")
+    files = [file for file in (data / f"{part}.jsonl", *DATA.glob(f"*/{part}.jsonl"))
+             if file.is_file() and sha256(file.read_bytes()).hexdigest() == digest]
+    if not files:
+        print(f"({run} was trained on other data, which is gone: it may have seen these queries)")
+        return set()
+    if files[0].parent != data:
+        print(f"({run} was trained on {files[0].parent}, not on {data})")
+    records = read_records(files[0])
+    known = {(record["instruction"], record["input"]) for record in records}
+    for split, asked in queries.items():
+        if n := sum((query["instruction"], query["input"]) in known for query in asked):
+            print(f"({n} of {len(asked)} {split} queries were in the training part of {run}: its answers to "
+                  "them prove nothing)")
+    return {record["task"] for record in records} - {""}
+
+
 # ---- the command line ------------------------------------------------------------------------------------
 
 @dataclass

@@ -32,7 +32,7 @@ import matcher as matching
 from data.cli import cli, opt, pick_device
 from data.files import lock_folder, read_json, save_json
 from data.instructions import TEMPLATE, Record, query_text, read_records
-from data.prepare import ensure_base, ensure_data
+from data.prepare import ensure_base, ensure_data, seen_by
 from data.tokenizer import Tokenizer
 from lora import load_tuned
 from train_rl import Environment, interval, load_queries
@@ -221,8 +221,9 @@ def compare(s: Settings) -> dict:
         entries[name] = [envs.get(name.split(",")[0], env).scores(test, run) for run in runs]
     if shortened := sum(e.shortened for e in (env, *envs.values())):
         print(f"({shortened} times the first prompts were left out: the context was full)")
-    seen = {record["task"] for record in read_records(data / "sft.jsonl")}
-    named = s.adapter != "none" and any(query["task"] for query in test)
+    seen_by(Path(s.matcher), "rl", data, {"test": test})
+    seen = seen_by(base if s.adapter == "none" else Path(s.adapter), "sft", data, {"test": test})
+    named = seen and any(query["task"] for query in test)
     kinds = [("seen tasks" if q["task"] in seen else "new tasks") if named else "all queries" for q in test]
     groups = {kind: torch.tensor([k == kind for k in kinds]) for kind in sorted(set(kinds), reverse=True)}
     for mark in sorted({marks[query_text(query)] for query in test} if marks else ()):

@@ -14,7 +14,8 @@ import torch
 
 import train_rl
 from data import prepare
-from data.files import lock_folder
+from data.cli import run_record
+from data.files import lock_folder, save_json
 from data.instructions import read_records
 
 # ---- the selectors -----------------------------------------------------------------------------------------
@@ -185,6 +186,8 @@ def home(tmp_path_factory):
             patch.setattr(train_rl, name, 3)
         for out, pool in (("plain", ""), ("own", str(home / "pool.jsonl"))):
             reinforce(home, home / out, pool=pool, steps=3, queries=4, samples=3, lr=0.05)
+    [data] = (home / "data").iterdir()  # what fine-tuning saw: its run remembers the data
+    save_json(run_record(train_rl.Settings(), data, ""), home / "sft/run.json")
     return home
 
 
@@ -290,7 +293,7 @@ def test_other_models_stand_in_the_table(run, home):
 @pytest.mark.parametrize("what", ["no adapter", "no task names", "new tasks"])
 def test_groups_are_what_the_data_has(run, home, tmp_path, monkeypatch, what):
     """Tasks are seen in fine-tuning or new; without an adapter or without names there is one group."""
-    found, matcher, flags = compare.read_records, home / "plain", {}
+    found, matcher, flags = prepare.read_records, home / "plain", {}
     if what == "no adapter":  # with a matcher for the bare base
         matcher, flags = tmp_path / "rl", {"adapter": "none"}
         reinforce(home, matcher, adapter="none", steps=1, queries=2, samples=2)
@@ -298,7 +301,7 @@ def test_groups_are_what_the_data_has(run, home, tmp_path, monkeypatch, what):
         plain = tiny.write_records(tmp_path / "plain.jsonl", [r | {"task": ""} for r in tiny.records(60)])
         flags = {"data": str(plain)}
     else:
-        monkeypatch.setattr(compare, "read_records", lambda path: [
+        monkeypatch.setattr(prepare, "read_records", lambda path: [
             r for r in found(path) if r["task"] == "loud"])
     envs, table = run(matcher, **flags)
     assert ("base, no prompt" in table["rows"]) == (what != "no adapter")
@@ -310,6 +313,25 @@ def test_groups_are_what_the_data_has(run, home, tmp_path, monkeypatch, what):
         assert table["groups"] == {"all queries": [True] * 6}
     assert [k for k in table["rows"]["learned"] if k.startswith("ROUGE-L")] == [
         f"ROUGE-L, {group}" for group in table["groups"]]
+
+
+def test_seen_is_what_that_fine_tuning_saw(home, tmp_path, monkeypatch, capsys):
+    """Not what lies in --data now: an own file that has grown has another split, with test records of the old
+    training part."""
+    monkeypatch.setattr(prepare, "DATA", home / "data")
+    first = next((home / "data").glob("own-mine-*"))
+    found = {split: read_records(first / f"{split}.jsonl") for split in ("sft", "test")}
+    assert prepare.seen_by(home / "sft", "sft", first, {"test": found["test"]}) == {"loud", "tag"}
+    assert capsys.readouterr().out == ""
+    mixed = {"rl": found["sft"][:3] + found["test"], "test": found["test"]}
+    assert prepare.seen_by(home / "sft", "sft", home / "data/grown", mixed) == {"loud", "tag"}
+    assert capsys.readouterr().out.split("\n")[:-1] == [
+        f"({home / 'sft'} was trained on {first}, not on {home / 'data/grown'})",
+        f"(3 of 9 rl queries were in the training part of {home / 'sft'}: its answers to them prove nothing)"]
+    monkeypatch.setattr(prepare, "DATA", tmp_path)
+    assert prepare.seen_by(home / "sft", "sft", tmp_path / "grown", mixed) == set()
+    assert "which is gone: it may have seen these queries" in capsys.readouterr().out
+    assert prepare.seen_by(home / "base", "sft", first, mixed) == set() and not capsys.readouterr().out
 
 
 def test_the_matchers_folder_is_locked(run, home, tmp_path):

@@ -19,6 +19,7 @@ from data.instructions import (
     query_text,
     read_fitting,
     read_records,
+    say_long_answers,
     training_example,
 )
 
@@ -249,6 +250,15 @@ def test_read_fitting(tmp_path, capsys):
     for limit in (3, -3):
         with pytest.raises(ValueError, match=f"sft.jsonl: no record fits in {max(0, limit)} tokens"):
             read_fitting(file, Bytes(), limit)
+
+
+def test_references_that_no_answer_can_reach_are_said(capsys):
+    queries = {"rl": [record("x", "12345"), record("x", "1234")], "test": [record("x", "123456")]}
+    say_long_answers(queries, Bytes(), 4)
+    assert capsys.readouterr().out == ("(2 of 3 references are longer than --max_new_tokens 4: no answer can "
+                                       "reach them)\n")
+    say_long_answers(queries, Bytes(), 6)
+    assert capsys.readouterr().out == ""
 
 
 def test_missing_file(tmp_path):
