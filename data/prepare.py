@@ -270,9 +270,9 @@ def read_config(folder: Path) -> dict:
     # transformers 5 writes rope_parameters; earlier versions rope_theta and rope_scaling
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     check_fields({"rope_parameters": rope}, file, rope_parameters=dict)
-    raw["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
-    slides = raw.get("use_sliding_window", family == "mistral") and "sliding_attention" in raw.get(
-        "layer_types", ["sliding_attention"])
+    raw["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    slides = raw.get("use_sliding_window", family == "mistral") and "sliding_attention" in (
+        raw.get("layer_types") or ["sliding_attention"])
     if not slides or isinstance(raw.get("sliding_window"), int) and raw["sliding_window"] >= context:
         raw["sliding_window"] = None  # no layer uses it, or it reaches as far as the context
     # TRAP: a rope type that is ignored looks fine on short texts and breaks on long ones
@@ -281,7 +281,7 @@ def read_config(folder: Path) -> dict:
                     rope_type=("default", "llama3"), sliding_window=())
     raw = {"num_key_value_heads": heads, "head_dim": raw["hidden_size"] // heads, "rope_theta": 10000.0,
            "tie_word_embeddings": False} | raw
-    raw |= {"rope_theta": rope.get("rope_theta", raw["rope_theta"]), "qkv_bias": family == "qwen2",
+    raw |= {"rope_theta": rope.get("rope_theta") or raw["rope_theta"], "qkv_bias": family == "qwen2",
             "qk_norm": family == "qwen3", "rope_scaling": rope if raw["rope_type"] == "llama3" else None}
     integers = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                 "num_key_value_heads", "head_dim", "max_position_embeddings")

@@ -82,7 +82,8 @@ class Tokenizer:
 
         alphabet = byte_alphabet()
         vocab = bpe["vocab"]
-        added = {t["content"]: t["id"] for t in spec.get("added_tokens", [])}
+        added_tokens = spec.get("added_tokens") or []
+        added = {t["content"]: t["id"] for t in added_tokens}
         self.unknown = vocab.get(bpe.get("unk_token"), added.get(bpe.get("unk_token")))
 
         # Ranks: the 256 bytes, then the merges. TRAP: tiktoken panics on a byte without a rank, and SmolLM2
@@ -106,7 +107,7 @@ class Tokenizer:
         self.bytes = {self.ids[rank]: token for token, rank in ranks.items() if self.ids[rank] != missing}
         # Control tokens decode to nothing; Qwen3's <think>, added but not special, to itself.
         self.bytes.update({t["id"]: b"" if t.get("special", True) else t["content"].encode()
-                           for t in spec.get("added_tokens", [])})
+                           for t in added_tokens})
 
         config, ends = read_json(file.parent / "config.json"), []
         generation = file.parent / "generation_config.json"

@@ -298,8 +298,48 @@ def test_null_in_config_means_absent(copied):
         "tie_word_embeddings", "hidden_act", "sliding_window", "quantization_config"))))
     assert (config.num_key_value_heads, config.head_dim, config.rope_theta) == (4, 12, 10000.0)
     assert config.rope_scaling is None and config.tie_word_embeddings is False
+    rope = {"rope_type": None, "type": None, "rope_theta": None}
+    assert Config.read(edited(copied, rope_parameters=rope, rope_theta=7.0)).rope_theta == 7.0
+    with pytest.raises(ValueError, match="sliding_window = 512 is not supported"):  # in all layers
+        Config.read(edited(copied, model_type="mistral", sliding_window=512, layer_types=[]))
     with pytest.raises(ValueError, match="config.json: field 'hidden_size' must be a number.*missing"):
         Config.read(edited(copied, hidden_size=None))
+
+
+PUBLISHED = {  # config.json as these models have it, the sizes smaller; and what must come of it
+    "Llama-3.2-Instruct": ({
+        "model_type": "llama", "attention_bias": False, "mlp_bias": False, "head_dim": 64,
+        "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                         "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+        "rope_theta": 500000.0, "tie_word_embeddings": True, "rms_norm_eps": 1e-05}, (False, False, True)),
+    "Qwen2.5-Instruct": ({
+        "model_type": "qwen2", "attention_dropout": 0.0, "max_window_layers": 21, "sliding_window": 32768,
+        "use_mrope": False, "use_sliding_window": False, "rope_theta": 1000000.0, "tie_word_embeddings": True,
+        "rms_norm_eps": 1e-06}, (True, False, False)),
+    "Qwen3": ({
+        "model_type": "qwen3", "attention_bias": False, "head_dim": 128, "max_window_layers": 28,
+        "rope_scaling": None, "sliding_window": None, "use_sliding_window": False, "rope_theta": 1000000,
+        "tie_word_embeddings": True, "rms_norm_eps": 1e-06}, (False, True, False)),
+    "SmolLM2-Instruct": ({
+        "model_type": "llama", "attention_bias": False, "mlp_bias": False, "is_llama_config": True,
+        "rope_interleaved": False, "rope_scaling": None, "rope_theta": 100000, "tie_word_embeddings": True,
+        "rms_norm_eps": 1e-05}, (False, False, False)),
+    "Mistral-Instruct-v0.3": ({
+        "model_type": "mistral", "attention_dropout": 0.0, "sliding_window": None, "rope_theta": 1000000.0,
+        "tie_word_embeddings": False, "rms_norm_eps": 1e-05}, (False, False, False)),
+}
+
+
+@pytest.mark.parametrize("config, wanted", PUBLISHED.values(), ids=PUBLISHED)
+def test_published_configs_are_read(tmp_path, config, wanted):
+    sizes = {"vocab_size": 96, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
+             "use_cache": True, "num_attention_heads": 4, "num_key_value_heads": 2, "torch_dtype": "bfloat16",
+             "hidden_act": "silu", "initializer_range": 0.02, "max_position_embeddings": 32768}
+    (tmp_path / "config.json").write_text(json.dumps(sizes | config))
+    read = Config.read(tmp_path)
+    assert (read.qkv_bias, read.qk_norm, read.rope_scaling is not None) == wanted
+    assert read.rope_theta == config["rope_theta"]
+    assert read.tie_word_embeddings == config["tie_word_embeddings"]
 
 
 def test_one_file_wins_over_an_old_index(make_folder):

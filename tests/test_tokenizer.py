@@ -301,6 +301,22 @@ def test_ends_that_are_refused(tmp_path, eos, generation, named):
     assert str(tmp_path) in str(error.value)
 
 
+@pytest.mark.parametrize("config, generation, ends", [
+    ([128001, 128008, 128009], [128001, 128008, 128009], {128001, 128008, 128009}),  # Llama 3.1, 3.2, 3.3
+    (128009, [128001, 128009], {128001, 128009}),  # Llama 3
+    (151645, [151645, 151643], {151645, 151643}),  # Qwen2.5, Qwen3
+    (2, 2, {2})])  # SmolLM2, Mistral
+def test_ends_of_the_models_that_people_take(tmp_path, config, generation, ends):
+    """Instruct models, as they are published."""
+    ours = Tokenizer(write(tmp_path, PLAIN, config, {"eos_token_id": generation}))
+    assert ours.ends == ends
+
+
+def test_null_in_tokenizer_json_means_absent(tmp_path):
+    spec = PLAIN | {"added_tokens": None, "post_processor": None, "normalizer": None}
+    assert Tokenizer(write(tmp_path, spec)).encode("cabc") == [0, 1]
+
+
 def test_patterns(tmp_path):
     digits = {"type": "Digits", "individual_digits": True}
     assert split_pattern(BYTE_LEVEL, tmp_path) == GPT2_PATTERN
