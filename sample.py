@@ -115,6 +115,8 @@ def main(s: Settings) -> None:
         pool = matching.read_pool(s.pool)
         vectors = matching.embed_records(model, tokenizer, pool)  # (P, 2 C)
         matcher = matcher or matching.Matcher(vectors, hidden=1)  # untrained: nearest neighbours
+    if not s.no_match and not pool:
+        ignored(s, "without a matcher or --pool", "m")
     m = s.m or m
     if 0 < len(pool) < m:
         print(f"(m = {m}, but the pool has {len(pool)} prompts: all are taken)")

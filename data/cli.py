@@ -84,8 +84,9 @@ def command(script: str, s, shared: str, **given: str) -> str:
 
 def ignored(s, when: str, *names: str) -> None:
     """Says in one line which of these flags were given although they change nothing."""
-    given = [f"--{field.name}" for field in dataclasses.fields(s)
-             if field.name in names and getattr(s, field.name) != field.default]
+    values = {field: str(getattr(s, field.name)).removeprefix(f"{ROOT}/") for field in dataclasses.fields(s)}
+    given = [f"--{field.name}" for field, value in values.items()
+             if field.name in names and value != str(field.default)]
     if given:
         print(f"({', '.join(given)}: without effect {when})")
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this is tests/; the scripts lie above it
 import matcher as matching
-from data.cli import cli, opt, pick_device
+from data.cli import cli, ignored, opt, pick_device
 from data.files import lock_folder, read_json, save_json
 from data.instructions import TEMPLATE, Record, query_text, read_records
 from data.prepare import ensure_base, ensure_data, seen_by
@@ -238,6 +238,7 @@ def compare(s: Settings) -> dict:
 
 def main(s: Settings) -> None:
     if s.runs:
+        ignored(s, "with --runs", *(asdict(s).keys() - {"runs", "out_dir"}))
         table, name = over_runs(s.runs.split(",")), "runs.json"
     else:
         with lock_folder(Path(s.matcher)):  # train_rl.py writes there too

@@ -139,8 +139,9 @@ def test_runs_are_averaged_by_query(tmp_path, capsys):
         folders.append(write_table(tmp_path / str(run), {name: of[run][::1 - 2 * run] for name, of in
                                                          scores.items()}, rows, queries[::1 - 2 * run]))
     (tmp_path / "mean").mkdir()
-    compare.main(compare.Settings(runs=",".join(folders), out_dir=str(tmp_path / "mean")))
+    compare.main(compare.Settings(runs=",".join(folders), out_dir=str(tmp_path / "mean"), seed=7))
     shown = capsys.readouterr().out
+    assert shown.startswith("(--seed: without effect with --runs)\n")
     assert all(f"| {name} |" in shown for name in scores) and "full" not in shown
     assert "+50.0 [+50.0, +50.0]" in shown
     table = json.loads((tmp_path / "mean" / "runs.json").read_text())

@@ -15,9 +15,11 @@ import subprocess
 import sys
 import tarfile
 import threading
+import tomllib
 import zipfile
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import metadata
 from pathlib import Path
 
 import numpy as np
@@ -744,6 +746,13 @@ def test_bfloat16_only_where_a_gpu_has_it(monkeypatch):
     for capability, dtype in (((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, of=capability: of)
         assert cli.pick_device("auto") == ("cuda", dtype) and cli.pick_device("cuda:1")[1] == dtype
+
+
+def test_the_oldest_python_on_which_the_pins_install():
+    wanted = tomllib.loads((tiny.ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    pins = [line.split("==")[0] for line in (tiny.ROOT / "requirements.txt").read_text().split()]
+    oldest = [metadata(pin)["Requires-Python"].split(",")[0].removeprefix(">=") for pin in pins]
+    assert wanted == ">=" + max(oldest, key=lambda text: [int(part) for part in text.split(".")])
 
 
 def test_script_itself(tmp_path):

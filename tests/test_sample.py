@@ -220,6 +220,7 @@ def test_flags_without_effect_are_said(run, tmp_path):
     assert run(pool=file, m=5).count("(m = 5, but the pool has 3 prompts: all are taken)\n") == 1
     assert "(--pool, --m: without effect with --no_match)\n" in run(pool="nope", m=5, no_match=True)
     assert "(--top_k, --top_p: without effect at --temperature 0)\n" in run(top_k=3, top_p=0.5)
+    assert "(--m: without effect without a matcher or --pool)\n" in run(matcher="none", m=2)
     with pytest.raises(ValueError, match="--input is given without --prompt; give both"):
         run(prompt="")
 
