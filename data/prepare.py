@@ -343,8 +343,9 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def fingerprint(folder: str | Path) -> str:
-    """16 hex digits that name a model: a hash of config.json and of every byte of the weight files."""
-    return file_hash(Path(folder, "config.json"), *weight_files(Path(folder)))
+    """16 hex digits that name a model: a hash of its config.json, tokenizer.json and weights, every byte."""
+    named = (Path(folder, name) for name in ("config.json", "tokenizer.json"))
+    return file_hash(*(file for file in named if file.exists()), *weight_files(Path(folder)))
 
 
 # ---- the data ----------------------------------------------------------------------------------------------
