@@ -97,11 +97,12 @@ def main(s: Settings) -> None:
 
     # what has been trained so far
     base = ensure_base(s.base)
-    if s.adapter != "none" and not Path(s.adapter, "adapter_config.json").exists():
+    adapter = s.adapter
+    if adapter != "none" and not Path(adapter, "adapter_config.json").exists():
         print(f"(no adapter in {s.adapter}: the base model answers; to tune it, run "
               + command("train_sft.py", s, "base device", out_dir=s.adapter) + ")")
-        s.adapter = "none"
-    model, model_id = load_tuned(base, s.adapter, TEMPLATE, dtype, device)
+        adapter = "none"
+    model, model_id = load_tuned(base, adapter, TEMPLATE, dtype, device)
     tokenizer, generator = Tokenizer(base), torch.Generator(device).manual_seed(1337)
     matcher, pool, m = None, [], 1
     if not s.no_match and Path(s.matcher, "matcher.json").exists():
@@ -110,7 +111,8 @@ def main(s: Settings) -> None:
     elif not s.no_match:
         print(f"(no matcher in {s.matcher}: " + ("the nearest prompts of the pool are taken" if s.pool else
               "no prompts are matched") + "; to train one, run "
-              + command("train_rl.py", s, "base adapter pool device", out_dir=s.matcher) + ")")
+              + command("train_rl.py", s, "base adapter pool device",
+                        **{} if s.matcher == "none" else {"out_dir": s.matcher}) + ")")
     if s.pool and not s.no_match:
         pool = matching.read_pool(s.pool)
         vectors = matching.embed_records(model, tokenizer, pool)  # (P, 2 C)

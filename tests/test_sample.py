@@ -74,6 +74,8 @@ def test_nothing_trained_yet(run, made, tuned, tmp_path):
     text = run(adapter=str(tmp_path / "sft"), matcher=str(tmp_path / "rl"))
     first, second, answer = text.split("\n", 2)
     assert "python train_sft.py" in first and "python train_rl.py" in second
+    assert first.endswith(f" --out_dir {tmp_path / 'sft'})")
+    assert second.endswith(f" --adapter {tmp_path / 'sft'} --out_dir {tmp_path / 'rl'})")
     assert answer == expected(tuned[0], llama.load(made[0]), [])
 
 
@@ -133,6 +135,7 @@ def test_a_pool_without_a_matcher_gives_the_nearest_prompts(run, tuned, tmp_path
     nearest = [POOL[j] for j in matching.nearest(query, prompts, 3)[0]]
     text = run(matcher=folder, pool=str(tiny.write_records(tmp_path / "p.jsonl", POOL)), m=3)
     assert [line for _, line in matched(text)] == shown(nearest) and "nearest" in text.split("\n")[0]
+    assert "--out_dir none" not in text
 
 
 def test_m_is_the_trained_one_unless_given(run):
