@@ -5,12 +5,13 @@ The loss is the mean negative log-likelihood of the answers' tokens, given every
     loss = - 1/N * sum over answers, sum over t of log p(token_t | prompts, question, answer before t)
 
 where N counts the answer tokens, EOS included, of a whole step, over all of its micro-batches. The loop is
-nanoGPT's: take a step's records, sum the loss, step, log. PILLOW's addition: some samples are read with
-prompts before them (--shots), since that is how the model will be used. A LoRA trained without prompts gets
-worse when it is given them.
+nanoGPT's: take a step's samples, sum the loss, step, log. PILLOW's addition: a sample is 1 + --shots related
+records in a row, since prompts before a query are how the model will be used. Each record is an answer to
+learn, and a prompt of those behind it; so one pass trains with 0, 1, 2 .. prompts. A LoRA trained without
+prompts gets worse when it is given them.
 
 Simplified: plain AdamW and a cosine with warm-up, no weight decay, no dropout. With torchrun each process
-takes its share of a step's records; together they compute what one process would. Writes out/sft: the adapter
+takes its share of a step's samples; together they compute what one process would. Writes out/sft: the adapter
 in PEFT's format, log.jsonl (a line for each step) and the state for --resume.
 
     python train_sft.py
@@ -27,6 +28,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -54,11 +56,11 @@ class Settings:
     no_int8: bool = opt(False, "keep the frozen base in float instead of int8 (LoRA only)")
     r: int = opt(8, "rank of the LoRA matrices; 8 as in the paper and in PEFT", 1)
     alpha: float = opt(16.0, "LoRA's output is scaled by alpha / r; 2 r is the usual choice", 1e-6)
-    shots: int = opt(2, "a sample gets up to this many prompts; as many as will be matched, or more")
+    shots: int = opt(3, "prompts before the last record of a sample; as many as will be matched, or more")
     # optimisation
     epochs: int = opt(1, "passes over the records", 1)
-    batch_size: int = opt(8, "records in a step; with 16 a pass has too few steps and ends worse", 1)
-    micro_tokens: int = opt(384, "tokens of a micro-batch: fewer take less memory and more time", 1)
+    batch_size: int = opt(4, "samples in a step; with 8 a pass has too few steps and ends worse", 1)
+    micro_tokens: int = opt(400, "tokens of a micro-batch: fewer take less memory and more time", 1)
     lr: float = opt(1e-3, "peak learning rate; LoRA wants ten times that of full fine-tuning", 1e-12)
     max_steps: int = opt(0, "stop after this many steps (to --resume later); 0: when the epochs are over")
     seed: int = opt(1337, "seed of LoRA's start, of the order of records and of their prompts")
@@ -66,8 +68,7 @@ class Settings:
     dtype: str = opt("auto", "auto (bfloat16 where the machine has it), bfloat16 or float32")
 
 
-SHOTS_SHARE = 0.9  # share of the samples with prompts; the others keep the model good without any
-RELATED_SHARE = 0.9  # share of the prompts from the sample's own task, as a good matcher would choose
+RELATED_SHARE = 0.9  # share of a sample's records that are of one task, as if a good matcher had chosen
 WARMUP = 0.05  # share of the steps in which the learning rate rises
 GRAD_CLIP = 1.0  # longest gradient: above it a few strange records would set the direction
 MAX_LENGTH = 512  # tokens of a sample; prompts that do not fit are left out
@@ -97,30 +98,39 @@ def related_records(records: list[Record]) -> list[list[int]]:
     return related
 
 
-def pick_prompts(i: int, related: list[list[int]], shots: int, rng: random.Random) -> list[int]:
-    """Prompts for record i: none, or up to `shots` different ones. A few are any record, so that the model
-    learns to look at a prompt before it imitates it."""
-    if shots == 0 or rng.random() >= SHOTS_SHARE:
-        return []
-    own, picked = [j for j in rng.sample(related[i], min(len(related[i]), shots + 1)) if j != i], []
-    for _ in range(rng.randint(1, shots)):
-        picked.append(own.pop() if own and rng.random() < RELATED_SHARE else rng.randrange(len(related)))
-    return [j for j in dict.fromkeys(picked) if j != i]
+def deal(records: list[Record], related: list[list[int]], size: int, rng: random.Random) -> list[list[int]]:
+    """One pass: samples of `size` related records each, as numbers. Every record stands in one of them.
 
-
-def epoch_steps(records: list[Record], related: list[list[int]], tokenizer: Tokenizer, s: Settings,
-                epoch: int, max_length: int) -> list[list]:
-    """One epoch's optimiser steps, each a list of up to batch_size examples (ids, n) of near-equal length.
-
-    It depends on its arguments only, so a resumed run sees what it would have seen.
+    Where too few of its kind are left, records that were dealt already stand beside it once more. A few
+    places are exchanged, so that the model learns to look at a prompt before it imitates it.
     """
-    rng = random.Random(f"{s.seed}:{epoch}")
-    prompts = [[records[j] for j in pick_prompts(i, related, s.shots, rng)] for i in range(len(records))]
-    examples = [training_example(tokenizer, record, before, max_length)
-                for record, before in zip(records, prompts, strict=True)]
-    order = length_sorted_batches([len(ids) for ids, _ in examples], s.batch_size,
-                                  torch.Generator().manual_seed(rng.getrandbits(63)))
-    return [[examples[i] for i in step] for step in order]
+    samples, free = [], set(range(len(records)))
+    for i in rng.sample(range(len(records)), len(records)):
+        if i in free:
+            others = [j for j in rng.sample(related[i], min(len(related[i]), 4 * size)) if j != i]
+            others.sort(key=lambda j: j not in free)  # stable: those not yet dealt come first, still shuffled
+            samples.append([i, *others[:size - 1]])
+            rng.shuffle(samples[-1])
+            free -= set(samples[-1])
+    places = [(sample, n) for sample in samples for n in range(len(sample)) if rng.random() >= RELATED_SHARE]
+    moved = rng.sample([sample[n] for sample, n in places], len(places))
+    for (sample, n), j in zip(places, moved, strict=True):
+        sample[n] = j if j not in sample else sample[n]
+    return samples
+
+
+def plan_steps(records: list[Record], related: list[list[int]], lengths: list[int],
+               s: Settings) -> list[list[list[int]]]:
+    """All optimiser steps of the run: each is batch_size samples of near-equal length, a sample is a list of
+    record numbers. It depends on its arguments only, so a resumed run sees what it would have seen."""
+    steps = []
+    for epoch in range(s.epochs):
+        rng = random.Random(f"{s.seed}:{epoch}")
+        samples = deal(records, related, 1 + s.shots, rng)
+        order = length_sorted_batches([sum(lengths[i] for i in sample) for sample in samples], s.batch_size,
+                                      torch.Generator().manual_seed(rng.getrandbits(63)))
+        steps += [[samples[i] for i in step] for step in order]
+    return steps
 
 
 def micro_batches(examples: Sequence, tokens: int) -> list[tuple[Tensor, Tensor]]:
@@ -132,6 +142,20 @@ def micro_batches(examples: Sequence, tokens: int) -> list[tuple[Tensor, Tensor]
             pieces.append([])
         pieces[-1].append(example)
     return [collate(piece) for piece in pieces]
+
+
+def count_targets(examples: Sequence) -> int:
+    """How many tokens of these examples have loss."""
+    return sum(target >= 0 for _, targets in examples for target in targets)
+
+
+def marked(tokenizer: Tokenizer, ids: list[int], targets: list[int]) -> str:
+    """A sample as text, with >>> and <<< around what has loss."""
+    text, asked_for = "", [-1, *targets[:-1]]  # of each id
+    for answer, part in groupby(zip(ids, asked_for, strict=True), key=lambda pair: pair[0] == pair[1]):
+        piece = tokenizer.decode([i for i, _ in part])
+        text += f">>>{piece}<EOS><<<" if answer else piece
+    return text
 
 
 def answer_loss(model: Transformer, ids: Tensor, targets: Tensor) -> Tensor:
@@ -170,12 +194,13 @@ def main(s: Settings) -> None:
     records = read_fitting(data / "sft.jsonl", tokenizer, max_length)
     related = related_records(records)
     # Validation is without prompts: the plainest number, the same whatever --shots is.
-    val = [training_example(tokenizer, record, [], max_length)
+    val = [training_example(tokenizer, [record], max_length)
            for record in read_fitting(data / "val.jsonl", tokenizer, max_length)]
     val_batches = [batch for rows in length_sorted_batches([len(ids) for ids, _ in val], s.batch_size)
                    for batch in micro_batches([val[i] for i in rows], s.micro_tokens)]
-    steps_per_epoch = math.ceil(len(records) / s.batch_size)
-    schedule = s.epochs * steps_per_epoch  # of the learning rate; --max_steps stops earlier on the same curve
+    lengths = [len(training_example(tokenizer, [record], max_length)[0]) for record in records]
+    plan = plan_steps(records, related, lengths, s)
+    schedule = len(plan)  # of the learning rate; --max_steps stops earlier on the same curve
     steps = min(schedule, s.max_steps or schedule)
 
     # model: frozen base + LoRA, or all weights
@@ -227,11 +252,10 @@ def main(s: Settings) -> None:
     held = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
     print(f"base {base} in {dtype} on {device}: weights of {held / 1e6:.0f} MB, "
           f"{sum(p.numel() for p in trained) / 1e6:.2f} million of them trained; "
-          f"{steps} steps of {s.batch_size} records")
-    order = epoch_steps(records, related, tokenizer, s, start // steps_per_epoch, max_length)
-    ids, n = order[0][0]
-    print(f"one sample as the model reads it; only the part between >>> and <<< has loss:\n"
-          f"{tokenizer.decode(ids[:-n])}>>>{tokenizer.decode(ids[-n:-1])}<EOS><<<\n")
+          f"{steps} steps of {s.batch_size} samples")
+    example = training_example(tokenizer, [records[i] for i in plan[0][0]], max_length)
+    print("one sample as the model reads it; only what stands between >>> and <<< has loss:\n"
+          f"{marked(tokenizer, *example)}\n")
     log_file = out / "log.jsonl"
     lines = log_file.read_text(encoding="utf-8", errors="replace").splitlines()[:start] if start else []
     if rank == 0:
@@ -245,15 +269,14 @@ def main(s: Settings) -> None:
                 for sig in (signal.SIGINT, signal.SIGTERM)}
     try:
         for step in range(start, steps):
-            # the step's records; each of torchrun's processes takes its share
-            epoch, place = divmod(step, steps_per_epoch)
-            if place == 0 and step > start:
-                order = epoch_steps(records, related, tokenizer, s, epoch, max_length)
-            mine = order[place][rank::world]
+            # the step's samples; each of torchrun's processes takes its share
+            examples = [training_example(tokenizer, [records[i] for i in sample], max_length)
+                        for sample in plan[step]]
+            mine = examples[rank::world]
 
             # forward and backward. Divide by the answer tokens of ALL micro-batches (and processes): a mean
             # of their means would weigh short answers more.
-            answer_tokens = sum(n for _, n in order[place])
+            answer_tokens = count_targets(examples)
             loss = 0.0
             for ids, targets in micro_batches(mine, s.micro_tokens):
                 with autocast:
@@ -277,14 +300,14 @@ def main(s: Settings) -> None:
             optimizer.zero_grad(set_to_none=True)
 
             # validate, log, save
-            done, tokens = step + 1, tokens + sum(len(ids) for ids, _ in order[place])
+            done, tokens = step + 1, tokens + sum(len(ids) for ids, _ in examples)
             line = {"step": done, "loss": round(loss, 4), "lr": round(lr, 7), "grad_norm": round(norm, 3),
                     "tokens": tokens, "seconds": round(time.time() - began, 2)}
             if done % EVAL_EVERY == 0 or done == steps:
                 with torch.no_grad(), autocast:
                     part = sum(answer_loss(model, ids.to(device), targets.to(device)).item()
                                for ids, targets in val_batches[rank::world])
-                line["val_loss"] = round(all_reduce_sum(part) / sum(n for _, n in val), 4)
+                line["val_loss"] = round(all_reduce_sum(part) / count_targets(val), 4)
             log.write(json.dumps(line) + "\n")
             log.flush()
             stop = all_reduce_sum(float(bool(interrupted)))  # read once a step, so that all processes agree

@@ -26,7 +26,8 @@ from torch import Tensor
 from data.tokenizer import LONGEST_TEXT, Tokenizer
 
 FIELDS = ("task", "instruction", "input", "output")
-TEMPLATE = "alpaca-headers-1"  # stored with every adapter: a model tuned on another template answers badly
+TEMPLATE = "alpaca-headers-2"  # stored with every adapter: a model tuned on another template answers badly
+BLOCK_END = "\n\n"  # between a prompt's answer and the next block
 NEXT_BLOCK = "### Instruction:\n"  # at the start of a line it ends an answer; a heading of its own does not
 # Scripts without blanks between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese.
 NO_BLANKS = ("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
@@ -138,7 +139,8 @@ def prompt_ids(tokenizer: Tokenizer, prompts: Sequence[Record]) -> list[int]:
     """bos, then each prompt's whole block, question and answer: the same ids whatever follows."""
     ids = list(tokenizer.bos)
     for record in prompts:
-        ids += tokenizer.encode(query_text(record)) + tokenizer.encode(record["output"] + "\n\n")
+        ids += tokenizer.encode(query_text(record)) + tokenizer.encode(record["output"])
+        ids += tokenizer.encode(BLOCK_END)
     return ids
 
 
@@ -157,19 +159,25 @@ def join_ids(tokenizer: Tokenizer, prompts: Sequence[Record], rest: list[int],
                      "shorten it, or lower --max_new_tokens.")
 
 
-def training_example(tokenizer: Tokenizer, record: Record, prompts: Sequence[Record],
-                     max_length: int) -> tuple[list[int], int] | None:
-    """(ids, n): the last n ids are the answer and its EOS, and only they carry loss.
+def training_example(tokenizer: Tokenizer, records: Sequence[Record],
+                     max_length: int) -> tuple[list[int], list[int]]:
+    """The blocks of `records` as one sample: (ids, targets), equally long. targets[t] is what the model
+    should say after it has read ids[:t + 1], and -1 where nothing is to be learned.
 
-    EOS is in the loss, or the model never learns to stop. None if the record itself does not fit: an answer
-    that is cut loses its EOS.
+    Every answer has loss. Attention is causal, so each is read exactly as behind the prompts before it, and
+    one pass trains with 0, 1, 2 .. prompts. After an answer's last token the target is EOS, or the model
+    never learns to stop, even where the next block follows. If not all fit, the first records are left out.
     """
-    answer = tokenizer.encode(record["output"]) + [tokenizer.eos]
-    try:
-        ids, _ = join_ids(tokenizer, prompts, tokenizer.encode(query_text(record)) + answer, max_length)
-    except ValueError:
-        return None
-    return ids, len(answer)
+    ids, targets = list(tokenizer.bos), [-1] * len(tokenizer.bos)
+    for record in records:
+        question, answer = tokenizer.encode(query_text(record)), tokenizer.encode(record["output"])
+        end = tokenizer.encode(BLOCK_END)
+        ids += question + answer + end
+        targets += [-1] * (len(question) - 1) + answer + [tokenizer.eos] + [-1] * len(end)
+    ids, targets = ids[:-len(end)], targets[:-len(end)]  # nothing follows the last answer
+    if len(ids) > max_length and len(records) > 1:
+        return training_example(tokenizer, records[1:], max_length)
+    return ids, targets
 
 
 def clean_answer(tokenizer: Tokenizer, ids: list[int]) -> str:
@@ -205,15 +213,11 @@ def length_sorted_batches(lengths: Sequence[int], batch_size: int,
     return [batches[i] for i in order(len(batches))]
 
 
-def collate(examples: Sequence[tuple[list[int], int]]) -> tuple[Tensor, Tensor]:
-    """Training examples -> ids (B, T), padded at the right, and targets (B, T): the *next* id; -1: no loss.
+def collate(examples: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
+    """Training examples -> ids (B, T) and targets (B, T), padded at the right; -1: no loss.
 
-    The shift by one happens here: targets[:, t] is what the model should say after it has read ids[:, :t+1].
     The pad id is never looked at: causal attention cannot see to the right, and its targets are -1.
     """
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids, _ in examples], True)  # (B, T)
-    targets = torch.full_like(ids, -1)  # (B, T)
-    for row, (example, n_answer) in enumerate(examples):
-        start, end = len(example) - n_answer, len(example)
-        targets[row, start - 1:end - 1] = ids[row, start:end]
-    return ids, targets
+    ids, targets = ([torch.tensor(row) for row in rows] for rows in zip(*examples, strict=True))
+    pad = torch.nn.utils.rnn.pad_sequence
+    return pad(ids, batch_first=True), pad(targets, batch_first=True, padding_value=-1)

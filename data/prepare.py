@@ -81,7 +81,7 @@ PLANS = {"bigbench": {"seen": {"pool": 5, "val": 2, "test": 4, "sft": 5, "rl": 1
                       "new": {"pool": 5, "val": 2, "test": 4, "rl": 21}},
          "bigbench-clean": {"seen": {"pool": 3, "val": 2, "test": 4, "sft": 10, "rl": 14},
                             "new": {"pool": 3, "val": 2, "test": 4, "rl": 24}}}
-SFT_STYLES = 300  # house styles to fine-tune on, four records each
+SFT_STYLES = 450  # house styles to fine-tune on, four records each
 STYLE_PLAN = {"pool": 5, "val": 2, "test": 3, "rl": 6}  # of a style that the LoRA never saw
 MISTAKES = 0.4  # share of a task's prompts in the pool that get a wrong answer
 

@@ -42,7 +42,7 @@ def record(instruction, output, input=""):
 
 
 def example(tokenizer, of, prompts=(), limit=999):
-    return training_example(tokenizer, of, list(prompts), limit)
+    return training_example(tokenizer, [*prompts, of], limit)
 
 
 PLUM = record("Name the colour.", "purple", "a plum")
@@ -69,40 +69,43 @@ a plum
 
 
 def test_golden_sample():
-    """Trap 2: the mask by hand. Only "purple" and the EOS after it carry loss, not the prompt's answer."""
-    ids, n = example(Bytes(), PLUM, [RHYME])
-    assert ids == [BOS, *GOLDEN.encode(), *b"purple", EOS]
-    assert n == 7 and ids[-n:] == [*b"purple", EOS]
-
-    inputs, targets = collate([(ids, n)])
-    # columns: BOS and all but the last byte of the query; then those that say p u r p l e EOS; then EOS
-    assert (targets[0] != -1).int().tolist() == [0] * len(GOLDEN) + [1] * 7 + [0]
-    assert targets[0, len(GOLDEN):].tolist() == [*b"purple", EOS, -1]
-    assert inputs[0].tolist() == ids
+    """Trap 2: the mask by hand. Both answers carry loss, each with its EOS, the first in spite of a block
+    that follows."""
+    ids, targets = example(Bytes(), PLUM, [RHYME])
+    assert ids == [BOS, *GOLDEN.encode(), *b"purple"]
+    first = len(query_text(RHYME))  # BOS and all but the last byte of the first question say nothing
+    assert targets[:first] == [-1] * first
+    assert targets[first:first + 6] == [*b"spoon", EOS]
+    assert targets[first + 6:len(GOLDEN)] == [-1] * (len(GOLDEN) - first - 6)
+    assert targets[len(GOLDEN):] == [*b"purple", EOS]
+    inputs, wanted = collate([(ids, targets)])
+    assert (inputs[0].tolist(), wanted[0].tolist()) == (ids, targets)
 
 
 def test_golden_sample_of_the_base_model(base_tokenizer):
     """The ids of SmolLM2, which the `tokenizers` package gave for each segment, written out: a change of the
     template or of the tokenizer cannot pass unseen (trap 2, trap 8)."""
-    ids, n = example(base_tokenizer, record("Add.", "10", "3 7"))
+    ids, targets = example(base_tokenizer, record("Add.", "10", "3 7"))
     assert ids[:8] == [3757, 20880, 42, 198, 7684, 30, 198, 198]  # "###" " Instruction" ":" "\n" "Add" "."
     assert ids[8:17] == [3757, 18100, 42, 198, 35, 216, 39, 198, 198]  # "###" " Input" ":" "\n" "3" " " "7"
     assert ids[17:21] == [3757, 14212, 42, 198]  # "###" " Response" ":" "\n"
-    assert (ids[21:], n) == ([33, 32, 2], 3)  # "1" "0" EOS: what carries loss
+    assert ids[21:] == [33, 32]  # "1" "0"
+    assert targets == [-1] * 20 + [33, 32, 2]  # with EOS: what carries loss
 
 
 def test_eos_is_in_the_loss():
     """Trap 2: the last target of every row is EOS, also where another row is longer (no `ids == pad`)."""
     inputs, targets = collate([example(Bytes(), r) for r in (PLUM, RHYME, GRASS)])
     assert [row[row != -1][-1] for row in targets] == [EOS] * 3
-    assert (targets[:, -1] == -1).all()  # nothing follows the last id
+    assert [(row == EOS).sum() for row in targets] == [1] * 3
 
 
 def test_an_answer_of_the_pad_id_carries_loss():
     """Trap 2: rows are padded with id 0; an answer that is id 0 is loss, the padding is not."""
-    inputs, targets = collate([([5, 0, 0, EOS], 3), ([6, 7, 8, 9, 9, EOS], 2)])
-    assert targets.tolist() == [[0, 0, EOS, -1, -1, -1], [-1, -1, -1, 9, EOS, -1]]
-    assert inputs.tolist() == [[5, 0, 0, EOS, 0, 0], [6, 7, 8, 9, 9, EOS]]
+    inputs, targets = collate([([5, 0, 0], [0, 0, EOS]), ([6, 7, 8, 9, 9], [-1, -1, -1, 9, EOS])])
+    assert targets.tolist() == [[0, 0, EOS, -1, -1], [-1, -1, -1, 9, EOS]]
+    assert inputs.tolist() == [[5, 0, 0, 0, 0], [6, 7, 8, 9, 9]]
+    assert targets.dtype == inputs.dtype == torch.long
 
 
 def test_segments_are_tokenised_apart(base_tokenizer):
@@ -111,10 +114,22 @@ def test_segments_are_tokenised_apart(base_tokenizer):
     list_record = record("List what to buy.", "  - milk\n  - 12 eggs")
     text, answer, encode = query_text(list_record), list_record["output"], base_tokenizer.encode
     assert encode(text + answer) != encode(text) + encode(answer)
-    ids, n = example(base_tokenizer, list_record, [PLUM])
-    block = encode(query_text(PLUM)) + encode("purple\n\n")
-    assert ids == block + encode(text) + encode(answer) + [base_tokenizer.eos]
-    assert n == len(encode(answer)) + 1 and base_tokenizer.decode(ids[-n:]) == answer
+    ids, targets = example(base_tokenizer, list_record, [PLUM])
+    block = encode(query_text(PLUM)) + encode("purple") + encode("\n\n")
+    assert ids == block + encode(text) + encode(answer)
+    assert targets[len(block + encode(text)) - 1:] == [*encode(answer), base_tokenizer.eos]
+
+
+def test_a_sample_of_three_records_is_three_samples_in_one(base_tokenizer):
+    """Each answer's targets are those that it has as the last record, behind the same blocks."""
+    for tokenizer in (Bytes(), base_tokenizer):
+        ids, targets = example(tokenizer, GRASS, [PLUM, RHYME])
+        last = 0
+        for n in (1, 2, 3):
+            part, wanted = training_example(tokenizer, [PLUM, RHYME, GRASS][:n], 999)
+            assert ids[:len(part)] == part
+            assert targets[last:len(part)] == wanted[last:]
+            last = len(part)
 
 
 def test_prompts_are_a_prefix_of_their_own(base_tokenizer):
@@ -136,9 +151,8 @@ def test_prompts_that_do_not_fit_go_farthest_first():
     for limit, ids, kept in ((len(full), full, 2), (len(full) - 1, near, 1), (len(near), near, 1),
                              (len(near) - 1, alone, 0), (len(alone), alone, 0)):
         assert join_ids(Bytes(), prompts, query, limit) == (ids, kept), limit
-        assert example(Bytes(), PLUM, prompts, limit + 7) == (ids + answer, 7), limit
-    # Trap 2: an answer that does not fit is no sample; cut, it would teach never to stop
-    assert example(Bytes(), PLUM, prompts, len(alone) + 6) is None
+        assert example(Bytes(), PLUM, prompts, limit + 6)[0] == ids + answer[:-1], limit
+        assert example(Bytes(), PLUM, prompts, limit + 6)[1][-7:] == answer, limit
     for limit in (len(alone) - 1, -3):
         with pytest.raises(ValueError, match=f"{len(alone)} tokens, .* for {max(0, limit)}; shorten it"):
             join_ids(Bytes(), prompts, query, limit)
@@ -171,21 +185,6 @@ def test_an_answer_is_over_at_the_templates_own_block(text, over):
 
 
 # ---- batches -----------------------------------------------------------------------------------------
-
-def test_collate_against_a_naive_loop():
-    """The shift by one: where the target of column t is not -1, it is the id of column t + 1."""
-    rng = random.Random(0)
-    examples = [([rng.randrange(300) for _ in range(n)], rng.randint(1, n - 1))
-                for n in (rng.randint(2, 30) for _ in range(40))]
-    inputs, targets = collate(examples)
-    assert inputs.shape == targets.shape == (40, max(len(ids) for ids, _ in examples))
-    assert inputs.dtype == targets.dtype == torch.long
-    for row, (ids, n) in enumerate(examples):
-        for t in range(inputs.size(1)):
-            assert inputs[row, t] == (ids[t] if t < len(ids) else 0)
-            has_loss = len(ids) - n <= t + 1 < len(ids)
-            assert targets[row, t] == (ids[t + 1] if has_loss else -1)
-
 
 def test_length_sorted_batches():
     rng = random.Random(1)

@@ -36,7 +36,7 @@ from data.instructions import TEMPLATE
 SCRIPTS = {"train_sft.py": train_sft, "train_rl.py": train_rl, "prepare.py": prepare}
 KILLS = 50  # of each script: half at a random time, half before a random operation on files
 COMMON = " --base base --data mine.jsonl --out_dir out --device cpu --dtype float32"
-SFT = "train_sft.py --max_steps 7 --batch_size 4 --r 2" + COMMON
+SFT = "train_sft.py --max_steps 7 --batch_size 1 --r 2" + COMMON
 RL = ("train_rl.py --adapter none --steps 2 --queries 4 --samples 3 --lr 0.05 --max_new_tokens 4"
       " --test_queries 2" + COMMON)
 PREPARE = "prepare.py --base smollm2 --data mine.jsonl"

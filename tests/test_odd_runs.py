@@ -39,7 +39,7 @@ def home(tmp_path, monkeypatch):
 
 
 def sft(out="sft", **changes) -> Path:
-    how = {"out_dir": out, "batch_size": 4, "max_steps": 4, "lr": 1e-2, "r": 2}
+    how = {"out_dir": out, "batch_size": 1, "max_steps": 4, "lr": 1e-2, "r": 2}
     train_sft.main(train_sft.Settings(**PLAIN | how | changes))
     return Path(out)
 
@@ -128,7 +128,7 @@ def test_answers_of_one_token(home):
     """In training one token and EOS, in a rollout one token alone."""
     records = [r | {"output": "a"} for r in tiny.records(60)]
     tiny.write_records(Path("mine.jsonl"), records)
-    assert training_example(Tokenizer("base"), records[0], [], 512)[1] == 2
+    assert sum(t >= 0 for t in training_example(Tokenizer("base"), records[:1], 512)[1]) == 2
     lines = log(sft(max_steps=8))
     assert lines[-1]["val_loss"] < lines[1]["val_loss"]
     answers = [entry["answer"] for entry in rewards(rl(adapter="sft", max_new_tokens=1))]
@@ -223,8 +223,9 @@ def test_a_control_token_in_a_text_is_text(home, capsys, monkeypatch):
     """In a record, a prompt of the pool, an input: never the token that ends an answer (id 0 here)."""
     record = {"task": "", "instruction": "Say <eos> it.", "input": "<eos>", "output": "a<eos>b"}
     tokenizer = Tokenizer("base")
-    ids, n = training_example(tokenizer, record, [record], 512)
-    assert ids.count(0) == 1 and ids[-1] == 0 and tokenizer.decode(ids[-n:]) == "a<eos>b"
+    ids, targets = training_example(tokenizer, [record, record], 512)
+    assert 0 not in ids and targets.count(0) == 2 and targets[-1] == 0
+    assert tokenizer.decode([t for t in targets if t > 0]) == 2 * "a<eos>b"
     ids, _ = join_ids(tokenizer, [record], tokenizer.encode(query_text(record)), 512)
     assert 0 not in ids and tokenizer.decode(ids).count("<eos>") == 5
     tiny.write_records(Path("pool.jsonl"), [record])

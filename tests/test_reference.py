@@ -152,7 +152,7 @@ def test_lora_on_int8_learns_as_on_the_float_base(base, base_tokenizer, base_mod
         short = [r for r in splits[name] if len(r["instruction"] + r["input"] + r["output"]) < 150][:size]
         (tmp_path / "bigbench" / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in short))
         assert len(short) == size
-    ids, targets = collate([training_example(base_tokenizer, r, [], 512) for r in short])
+    ids, targets = collate([training_example(base_tokenizer, [r], 512) for r in short])
     with torch.inference_mode():
         before = train_sft.answer_loss(base_model, ids, targets).item() / (targets >= 0).sum().item()
 

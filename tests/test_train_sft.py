@@ -5,6 +5,7 @@
 import json
 import random
 import signal
+from collections import Counter
 
 import peft
 import pytest
@@ -17,11 +18,11 @@ import lora
 import model as llama
 import train_sft
 from data import cli, files, prepare
-from data.instructions import TEMPLATE, collate, training_example
+from data.instructions import TEMPLATE, collate, join_ids, query_text, training_example
 from data.tokenizer import Tokenizer
-from train_sft import Settings, answer_loss, epoch_steps, micro_batches, pick_prompts, related_records
+from train_sft import Settings, answer_loss, deal, marked, micro_batches, plan_steps, related_records
 
-SMALL = {"r": 4, "shots": 2, "batch_size": 4, "epochs": 2, "lr": 1e-2, "device": "cpu", "dtype": "float32"}
+SMALL = {"r": 4, "shots": 1, "batch_size": 2, "epochs": 2, "lr": 1e-2, "device": "cpu", "dtype": "float32"}
 IDS = torch.arange(5, 45)[None]
 
 
@@ -58,31 +59,28 @@ def same_files(one, other, name="adapter_model.safetensors") -> bool:
 
 # ---- the parts ---------------------------------------------------------------------------------------------
 
-def test_epoch_steps_depend_on_seed_and_epoch_alone(base):
-    """What --resume rests on; and each record is there once an epoch, whatever stands before it."""
-    tokenizer, records = Tokenizer(base), tiny.records(30)
-    def epoch(n, **changes):
-        random.seed(n * 17)  # the global generators must not matter
-        torch.manual_seed(n * 17)
-        s = Settings(batch_size=4, shots=2, **changes)
-        return epoch_steps(records, related_records(records), tokenizer, s, n, 512)
-    first = epoch(0)
-    epoch(5)
-    assert epoch(0) == first
-    assert epoch(1) != first and epoch(0, seed=1) != first
-    assert sorted(len(step) for step in first) == [2] + 7 * [4]
-    def questions(steps):  # the end of each example, from its query on, which names the record
-        texts = [tokenizer.decode(ids) for step in steps for ids, _ in step]
-        return sorted(text[text.rindex("### Instruction"):] for text in texts)
-    wanted = sorted(tokenizer.decode(training_example(tokenizer, r, [], 512)[0]) for r in records)
-    assert questions(first) == questions(epoch(1)) == wanted
-    shots = [tokenizer.decode(ids).count("### Instruction") - 1 for step in first for ids, _ in step]
-    assert set(shots) == {0, 1, 2}
+def test_the_plan_depends_on_its_arguments_alone():
+    """What --resume rests on; and each record is in each pass, in samples of near-equal length."""
+    records = tiny.records(30)
+    lengths = [30 + 7 * i % 11 for i in range(30)]
+    def plan(**changes):
+        random.seed(len(changes))  # the global generators must not matter
+        torch.manual_seed(len(changes))
+        s = Settings(**{"batch_size": 4, "shots": 2, "epochs": 2} | changes)
+        return plan_steps(records, related_records(records), lengths, s)
+    steps = plan()
+    assert plan() == steps and plan(seed=1) != steps
+    assert plan(epochs=1) == steps[:len(steps) // 2] != steps[len(steps) // 2:]
+    for half in (steps[:len(steps) // 2], steps[len(steps) // 2:]):
+        assert sorted(len(step) for step in half)[1:] == [4] * (len(half) - 1)
+        assert {i for step in half for sample in step for i in sample} == set(range(30))
+    assert {len(sample) for sample in sum(steps, [])} == {3}
+    assert {len(sample) for sample in sum(plan(shots=0), [])} == {1}
 
 
 def test_micro_batches_hold_to_the_tokens_and_lose_no_record():
     """A piece is filled from the longest record down, so that what is padded to its length is close to it."""
-    examples = [([7] * length, 2) for length in (20, 50, 40, 70, 60, 60)]
+    examples = [([7] * length, [-1] * (length - 2) + [7, 8]) for length in (20, 50, 40, 70, 60, 60)]
     pieces = micro_batches(examples, 140)
     assert [tuple(ids.shape) for ids, _ in pieces] == [(2, 70), (2, 60), (2, 40)]
     assert sum((targets >= 0).sum().item() for _, targets in pieces) == 12
@@ -91,25 +89,24 @@ def test_micro_batches_hold_to_the_tokens_and_lose_no_record():
     assert micro_batches([], 140) == []  # torchrun's second process, when a step has one record
 
 
-def test_prompts_are_never_the_record_itself(monkeypatch):
+def test_a_sample_has_no_record_twice_and_mostly_one_task(monkeypatch):
     """Trap 11, in training: the answer would stand before the question, and copying it be learned."""
-    records = tiny.records(30)
-    related = related_records(records)
-    rng, counts, own = random.Random(0), [], 0
-    for i in [0, 3] * 2000:
-        picked = pick_prompts(i, related, 3, rng)
-        assert i not in picked and len(set(picked)) == len(picked)
-        counts.append(len(picked))
-        own += sum(records[j]["task"] == records[i]["task"] for j in picked)
-    assert set(counts) == {0, 1, 2, 3}
-    # one in ten gets none by design, one in 900 because its only pick was the record itself
-    assert counts.count(0) / 4000 == pytest.approx(0.1, abs=0.02)
-    # nine in ten of the own task by design, and of the "any" tenth 14 of 29 by chance
-    assert own / sum(counts) == pytest.approx(0.9 + 0.1 * 14 / 29, abs=0.02)
-    monkeypatch.setattr(train_sft, "SHOTS_SHARE", 1.0)
-    assert pick_prompts(0, related, 0, rng) == [] == pick_prompts(0, related_records(records[:1]), 3, rng)
-    monkeypatch.setattr(train_sft, "SHOTS_SHARE", 0.0)
-    assert pick_prompts(0, related, 3, rng) == []
+    records, rng = tiny.records(31), random.Random(0)
+    related, own, all_samples = related_records(records), 0, []
+    for _ in range(200):
+        samples = deal(records, related, 4, rng)
+        assert all(len(set(sample)) == len(sample) == 4 for sample in samples)
+        assert len(samples) == 8  # 31 records: the last sample is filled with one that was dealt already
+        all_samples += samples
+    for sample in all_samples:
+        tasks = Counter(records[i]["task"] for i in sample)
+        own += tasks.most_common(1)[0][1] == 4
+    # a record is exchanged with probability 0.1, and then half of the others are of its own task
+    assert 0.7 < own / len(all_samples) < 0.9
+    monkeypatch.setattr(train_sft, "RELATED_SHARE", 1.0)
+    samples = deal(records, related, 4, rng)
+    assert all(len({records[i]["task"] for i in sample}) == 1 for sample in samples)
+    assert sorted(sum(deal(records[:1], [[0]], 4, rng), [])) == [0]  # nothing to stand beside it
 
 
 def test_records_without_a_task_get_prompts_that_share_their_rare_words():
@@ -129,13 +126,25 @@ def test_records_without_a_task_get_prompts_that_share_their_rare_words():
 def test_answer_loss_is_the_log_likelihood_of_the_answers(base):
     """Trap 2: EOS is inside the loss, the prompt is not, and id 0 is a token like any though it pads too."""
     tokenizer, model = Tokenizer(base), llama.load(base)
-    examples = [training_example(tokenizer, r, [], 512) for r in tiny.records(5)]
-    wanted = 0.0
-    for ids, n in examples:
-        assert ids[-1] == tokenizer.eos == 0
-        log_probs = model.logits(model(torch.tensor([ids])))[0].log_softmax(-1)
-        wanted -= sum(log_probs[t - 1, ids[t]].item() for t in range(len(ids) - n, len(ids)))
+    records, wanted = tiny.records(5), 0.0
+    samples = records[:2], records[2:]
+    examples = [training_example(tokenizer, sample, 512) for sample in samples]
+    for sample in samples:
+        for n, record in enumerate(sample):
+            answer = [*tokenizer.encode(record["output"]), 0]
+            question = tokenizer.encode(query_text(record))
+            ids, _ = join_ids(tokenizer, sample[:n], question + answer, 512)
+            log_probs = model.logits(model(torch.tensor([ids])))[0].log_softmax(-1)
+            wanted -= sum(log_probs[t - 1, ids[t]].item() for t in range(len(ids) - len(answer), len(ids)))
+    assert tokenizer.eos == 0
     assert answer_loss(model, *collate(examples)).item() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_the_printed_sample_shows_what_has_loss(base):
+    tokenizer, [one, other] = Tokenizer(base), tiny.records(2)
+    shown = marked(tokenizer, *training_example(tokenizer, [one, other], 512))
+    assert shown == (f"{query_text(one)}>>>{one['output']}<EOS><<<\n\n"
+                     f"{query_text(other)}>>>{other['output']}<EOS><<<")
 
 
 def test_learning_rate_rises_and_falls_to_a_tenth(monkeypatch):
@@ -163,8 +172,8 @@ def test_gradient_accumulation_is_one_large_batch(run, tmp_path, monkeypatch):
         return loss
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
     monkeypatch.setattr(train_sft, "answer_loss", spy_loss)
-    one = run("one", batch_size=8, epochs=1, micro_tokens=10**6)
-    eight = run("eight", batch_size=8, epochs=1, micro_tokens=1)
+    one = run("one", batch_size=8, shots=0, epochs=1, micro_tokens=10**6)
+    eight = run("eight", batch_size=8, shots=0, epochs=1, micro_tokens=1)
     assert len(gradients) == 2 and len(sums) == 1 + 8
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -320,7 +329,7 @@ def test_three_steps_equal_transformers_and_peft(run, base, tmp_path):
     """The same batches through Hugging Face's model, PEFT's LoRA and torch's AdamW, from the same A: the same
     losses and the same adapter. Nothing of ours but the batches takes part on the other side."""
     out = run("ours", no_int8=True, epochs=1, max_steps=3, shots=1, micro_tokens=500)
-    s = Settings(batch_size=4, shots=1, epochs=1, lr=1e-2)
+    s = Settings(batch_size=2, shots=1, epochs=1, lr=1e-2)
     [folder] = (tmp_path / "data").iterdir()
     records = [json.loads(line) for line in (folder / "sft.jsonl").read_text().splitlines()]
     start = llama.load(base)
@@ -336,11 +345,17 @@ def test_three_steps_equal_transformers_and_peft(run, base, tmp_path):
     trained = [p for p in theirs.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=s.lr, betas=(0.9, 0.95), weight_decay=0.0)
     lines = log(out)
-    steps = epoch_steps(records, related_records(records), Tokenizer(base), s, 0, 512)
-    for line, examples in zip(lines, steps, strict=False):
-        n = sum(n for _, n in examples)
-        total = 0.0
-        for ids, length in examples:  # one by one: no padding at all on this side
+    tokenizer, related = Tokenizer(base), related_records(records)
+    lengths = [len(training_example(tokenizer, [r], 512)[0]) for r in records]
+    for line, step in zip(lines, plan_steps(records, related, lengths, s), strict=False):
+        answers = []  # (ids, answer's length): each answer alone, without padding, behind its prompts
+        for sample in step:
+            for at, i in enumerate(sample):
+                answer = [*tokenizer.encode(records[i]["output"]), tokenizer.eos]
+                question, before = tokenizer.encode(query_text(records[i])), [records[j] for j in sample[:at]]
+                answers.append((join_ids(tokenizer, before, question + answer, 512)[0], len(answer)))
+        n, total = sum(length for _, length in answers), 0.0
+        for ids, length in answers:
             labels = [-100] * (len(ids) - length) + ids[-length:]
             mean = theirs(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss
             (mean * length / n).backward()
