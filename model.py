@@ -172,9 +172,9 @@ class Transformer(nn.Module):
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(
             config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, ids: Tensor, cache: Cache | None = None,
-                attention_mask: Tensor | None = None) -> Tensor:
-        """ids (B, T) -> hidden states (B, T, C) after the last norm.
+    def forward(self, ids: Tensor, cache: Cache | None = None, attention_mask: Tensor | None = None,
+                depth: int | None = None) -> Tensor:
+        """ids (B, T) -> hidden states (B, T, C) after the first `depth` layers (default: all) and the norm.
 
         Without a cache: plain causal attention; rows may be padded at the right. With one: the T new columns
         are appended, and attention_mask (B, T) says which of them are not padding (default: all).
@@ -201,7 +201,7 @@ class Transformer(nn.Module):
         mask = torch.cat([mask] * (c.num_attention_heads // c.num_key_value_heads), dim=-2)  # (.., H/G T, S)
         cos, sin = (table.to(dtype) for table in rope_tables(c, positions))  # (B, 1, T, D/2)
         x = self.embed_tokens(ids)  # (B, T, C)
-        for layer, kv in zip(self.layers, cached, strict=True):
+        for layer, kv in zip(self.layers[:depth], cached[:depth], strict=True):
             x = layer(x, cos, sin, mask, kv)  # (B, T, C)
         return self.norm(x)
 

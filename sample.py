@@ -107,7 +107,6 @@ def main(s: Settings) -> None:
     matcher, pool, m = None, [], 1
     if not s.no_match and Path(s.matcher, "matcher.json").exists():
         matcher, pool, m = matching.load(s.matcher, model_id)  # with the pool it was trained on
-        vectors = matcher.pool  # (P, 2 C)
     elif not s.no_match:
         print(f"(no matcher in {s.matcher}: " + ("the nearest prompts of the pool are taken" if s.pool else
               "no prompts are matched") + "; to train one, run "
@@ -115,8 +114,9 @@ def main(s: Settings) -> None:
                         **{} if s.matcher == "none" else {"out_dir": s.matcher}) + ")")
     if s.pool and not s.no_match:
         pool = matching.read_pool(s.pool)
-        vectors = matching.embed_records(model, tokenizer, pool)  # (P, 2 C)
+        vectors = matching.embed_records(model, tokenizer, pool)  # (P, E)
         matcher = matcher or matching.Matcher(vectors, hidden=1)  # untrained: nearest neighbours
+        matcher.use_pool(vectors, matching.doubts(model, tokenizer, pool))
     if not s.no_match and not pool:
         ignored(s, "without a matcher or --pool", "m")
     m = s.m or m
@@ -128,8 +128,8 @@ def main(s: Settings) -> None:
     def answer(query: Record) -> None:
         prompts = []
         if matcher:
-            vector = matching.embed_records(model, tokenizer, [query])  # (1, 2 C)
-            picks, log_probs, _ = matcher.act(vector, vectors, m, greedy=True)  # (1, m), (1, m)
+            vector = matching.embed_records(model, tokenizer, [query])  # (1, E)
+            picks, log_probs, _ = matcher.act(vector, m, greedy=True)  # (1, m), (1, m)
             prompts = [pool[j] for j in picks[0].tolist()]
             # the policy's probability at this step, not a confidence in the answer
             for p, share in zip(prompts, log_probs[0].exp().tolist(), strict=True):

@@ -71,14 +71,14 @@ class Settings:
     out_dir: str = opt("out/rl", "folder for the matcher, the rewards, the log and the table")
     # the policy
     m: int = opt(1, "prompts picked for each query", 1)
-    logit_scale: float = opt(50.0, "softmax over cosine * this at the start; below 20 it is too flat", 1e-6)
-    candidates: int = opt(4, "nearest prompts to choose among; few, so that each is tried often", 2)
+    logit_scale: float = opt(20.0, "softmax over cosine * this at the start; below 20 it is too flat", 1e-6)
+    candidates: int = opt(16, "nearest prompts to choose among; few, so that each is tried often", 2)
     # REINFORCE
     steps: int = opt(50, "updates; each asks the LLM for up to queries x samples answers", 1)
     queries: int = opt(16, "queries in a step; many queries teach more than many passes over few", 1)
     samples: int = opt(8, "episodes of a query, K; the baseline of one is the mean of the others", 2)
-    lr: float = opt(3e-4, "Adam's learning rate, falling to zero; at 1e-2 the policy collapses", 1e-12)
-    entropy: float = opt(0.02, "weight of the normalised entropy bonus, falling linearly to zero")
+    lr: float = opt(1e-3, "Adam's learning rate, falling to zero; at 3e-3 the policy collapses", 1e-12)
+    entropy: float = opt(0.05, "weight of the normalised entropy bonus, falling linearly to zero")
     # the answers
     max_new_tokens: int = opt(48, "longest answer; the default data's answers have at most 160 characters", 1)
     test_queries: int = opt(256, "test queries in the table; 0: all of them")
@@ -88,7 +88,7 @@ class Settings:
 
 
 TEXTUAL = 0.5  # ROUGE-L's weight in the reward; the cosine has the rest
-FACTORS_LR = 100  # times lr: the two factors of the state serve all queries, so they may move fast
+FACTORS_LR = 300  # times lr: the factors and the trust, four numbers, serve all queries and may move fast
 ROLLOUT_BATCH = 32  # answers generated together
 VAL_QUERIES = 160  # the matcher that does best on them is kept
 EVAL_EVERY = 10  # steps between validations
@@ -221,33 +221,32 @@ def leave_one_out(rewards: Tensor) -> Tensor:
     return rewards - (rewards.sum(1, keepdim=True) - rewards) / (K - 1)
 
 
-def reinforce(matcher: Matcher, vectors: dict[str, Tensor],
+def reinforce(matcher: Matcher, queries: dict[str, Tensor],
               reward_fn: Callable[[str, list[int], Tensor], Tensor], s: Settings,
               advantage_fn: Callable[[Tensor], Tensor] = leave_one_out) -> Iterator[dict]:
     """The loop: s.steps updates of the matcher, in place. Yields the metrics of each step; step 0 validates
     the start, which is nearest neighbours.
 
-    vectors: the embedded pool (P, 2 C) and queries "rl" and "val" (N, 2 C). reward_fn(split, rows, picks
-    (n, m)): the rewards (n) of these rows of a split; tests/experiment.py has a table instead of an LLM.
+    queries: the embedded "rl" and "val" (N, E). reward_fn(split, rows, picks (n, m)): the rewards (n) of
+    these rows of a split; tests/experiment.py has a table instead of an LLM.
     """
-    pool, queries = vectors["pool"], vectors["rl"]
     mlps = [*matcher.prompt_mlp.parameters(), *matcher.state_mlp.parameters()]
-    optimizer = torch.optim.Adam([{"params": mlps}, {"params": [matcher.log_factors]}])
+    optimizer = torch.optim.Adam([{"params": mlps}, {"params": [matcher.log_factors, matcher.trust]}])
     generator = torch.Generator().manual_seed(s.seed + 1)  # the policy's own; nothing else advances it
 
     def validate() -> float:
         with torch.no_grad():
-            picks, _, _ = matcher.act(vectors["val"], pool, s.m, greedy=True)
+            picks, _, _ = matcher.act(queries["val"], s.m, greedy=True)
         return reward_fn("val", list(range(len(picks))), picks).mean().item()
 
     yield {"step": 0, "val_reward": validate()}
     for step in range(1, s.steps + 1):
         # draw queries: in turn, since they are shuffled; each comes once before any comes twice
-        rows = [((step - 1) * s.queries + i) % len(queries) for i in range(s.queries)]
+        rows = [((step - 1) * s.queries + i) % len(queries["rl"]) for i in range(s.queries)]
         rows = [row for row in rows for _ in range(s.samples)]  # (B K)
 
         # act: K episodes of each query, drawn from the policy as it is now
-        picks, log_probs, entropy = matcher.act(queries[rows], pool, s.m, generator=generator)
+        picks, log_probs, entropy = matcher.act(queries["rl"][rows], s.m, generator=generator)
         log_prob = log_probs.sum(1)  # (B K): of the whole episode
 
         # ask the LLM; no gradient goes through it
@@ -274,7 +273,7 @@ def reinforce(matcher: Matcher, vectors: dict[str, Tensor],
         counts = Counter(map(tuple, picks.tolist()))
         metrics = {"step": step, "reward": rewards.mean().item(), "advantage_std": advantages.std().item(),
                    "entropy": entropy.mean().item(), "top_share": counts.most_common(1)[0][1] / len(picks),
-                   "distinct": len(counts)}
+                   "distinct": len(counts), "picks": picks, "advantages": advantages}
         if step % EVAL_EVERY == 0 or step == s.steps:
             metrics["val_reward"] = validate()
         yield metrics
@@ -286,6 +285,27 @@ def interval(differences: Tensor) -> list[float]:
                           generator=torch.Generator().manual_seed(0))
     low, high = differences[draws].mean(1).quantile(torch.tensor([0.025, 0.975])).tolist()
     return [round(100 * x, 2) for x in (differences.mean().item(), low, high)]
+
+
+def audit(matcher: Matcher, pool: list[Record], draws: list[tuple[Tensor, Tensor]]) -> list[dict]:
+    """What RL found out about each prompt of the pool, worst first. draws: each step's picks (B K, m) and
+    advantages (B K).
+
+    `usefulness` is what the policy adds to the prompt's score, `tried` how often it was drawn, `gain` the
+    mean advantage of those episodes: by how many points they were better than the query's other episodes.
+    The order is by usefulness plus the gain over its standard error.
+    """
+    picks = torch.cat([p for p, _ in draws])  # (N, m): all episodes of the run
+    advantages = torch.cat([a for _, a in draws])[:, None].expand_as(picks)  # (N, m)
+    tried, gain = torch.zeros(2, len(pool))  # (P) each
+    tried.index_add_(0, picks.flatten(), torch.ones(picks.numel()))
+    gain.index_add_(0, picks.flatten(), advantages.flatten())
+    gain = gain / tried.clamp(min=1)
+    order = (matcher.usefulness() + gain * tried.sqrt() / advantages.std()).argsort().tolist()
+    columns = (matcher.usefulness(), tried, 100 * gain, matcher.doubts[:, 0])
+    found = [p | {"usefulness": round(u, 3), "tried": int(n), "gain": round(g, 1), "surprise": round(x, 3)}
+             for p, u, n, g, x in zip(pool, *(column.tolist() for column in columns), strict=True)]
+    return [found[j] for j in order]
 
 
 # ---- the run ---------------------------------------------------------------------------------------------
@@ -324,19 +344,21 @@ def main(s: Settings) -> None:
     print(f"LLM {base} + {s.adapter} in {dtype} on {device}; pool of {len(pool)} prompts, m = {s.m}; "
           f"{len(queries['rl'])} queries to learn on; {len(env.known)} rewards known from earlier runs")
     vectors = {split: embed_records(model, tokenizer, records) for split, records in queries.items()}
-    vectors["pool"] = embed_records(model, tokenizer, pool)
 
     # train; the matcher with the best greedy validation reward is kept: training or test reward never choose
-    matcher = Matcher(vectors["pool"], logit_scale=s.logit_scale, candidates=s.candidates,
-                      generator=torch.Generator().manual_seed(s.seed))
+    matcher = Matcher(embed_records(model, tokenizer, pool), logit_scale=s.logit_scale,
+                      candidates=s.candidates, generator=torch.Generator().manual_seed(s.seed),
+                      doubts=matching.doubts(model, tokenizer, pool))
     best, kept, began = -1.0, None, time.time()
     if rank == 0:
         save_json(run_record(s, data, model_id), out / "run.json")
     log = open(os.devnull if rank else out / "log.jsonl", "w", encoding="utf-8")
     def reward_fn(split: str, rows: list[int], picks: Tensor) -> Tensor:
         return env.rewards([queries[split][row] for row in rows], picks.tolist())
+    draws = []
     for metrics in reinforce(matcher, vectors, reward_fn, s):
         step, seconds = metrics["step"], time.time() - began
+        draws += [(metrics.pop("picks"), metrics.pop("advantages"))] if step else []
         metrics |= {"cache_hits": 1 - env.computed / env.asked, "seconds": seconds}
         log.write(json.dumps({key: round(value, 5) for key, value in metrics.items()}) + "\n")
         log.flush()
@@ -353,14 +375,17 @@ def main(s: Settings) -> None:
             best, kept = metrics["val_reward"], copy.deepcopy(matcher.state_dict())
             if rank == 0:
                 matching.save(matcher, out, pool, s.m, model_id, step=step, val_reward=best)
+    audited = audit(matcher, pool, draws)  # by the last policy, which has learned from all draws
+    if rank == 0:
+        save_json({"prompts": audited}, out / "pool.json")
     matcher.load_state_dict(kept)
 
     # test, once
     test, m = queries["test"], s.m
     with torch.no_grad():
-        learned = matcher.act(vectors["test"], vectors["pool"], m, greedy=True)[0].tolist()
+        learned = matcher.act(vectors["test"], m, greedy=True)[0].tolist()
     picks = {"no prompt": [[] for _ in test], "learned": learned,
-             "nearest": matching.nearest(vectors["test"], vectors["pool"], m).tolist()}
+             "nearest": matching.nearest(vectors["test"], matcher.pool, m).tolist()}
     entries = {}
     for name in ("no prompt", "nearest", "learned"):
         print(f"answering {len(test)} test queries: {name}", flush=True)
@@ -378,6 +403,10 @@ def main(s: Settings) -> None:
         rows[name]["minus nearest"] = interval(of["rouge"] - score["nearest"]["rouge"])
         gap = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*rows[name]["minus nearest"]) if name != "nearest" else ""
         print(f"| {name} | {rows[name]['rouge']:.1f} | {rows[name]['exact']:.1f} | {gap} |")
+    print("\nprompts that seem to do harm, worst first (all in pool.json); are their answers right?")
+    for entry in audited[:5]:
+        print(f"  tried {entry['tried']} times, {entry['gain']:+.1f} points against other picks: "
+              f"{entry['instruction']} | {entry['input']} -> {entry['output']}")
     if rank == 0:
         save_json({"settings": asdict(s), "rows": rows}, out / "table.json")
     print(f"\nsaved in {out}. next: {command('sample.py', s, 'base adapter device', matcher=s.out_dir)} "

@@ -180,10 +180,10 @@ class Bench:
 
 # ---- fine-tuning -----------------------------------------------------------------------------------------
 
-def sft_examples(b: Bench) -> list[tuple[list[int], int]]:
-    """16 records of 40 to 100 tokens, (ids, answer tokens) each, sorted by length."""
-    examples = [text.training_example(b.tokenizer, record, [], 100) for record in b.draw("sft")]
-    examples = [e for e in examples if e is not None and len(e[0]) >= 40]
+def sft_examples(b: Bench) -> list[tuple[list[int], list[int]]]:
+    """16 records of 40 to 100 tokens, (ids, targets) each, sorted by length."""
+    examples = [text.training_example(b.tokenizer, [record], 100) for record in b.draw("sft")]
+    examples = [e for e in examples if 40 <= len(e[0]) <= 100]
     return sorted(random.Random(b.s.seed).sample(examples, 16), key=lambda e: len(e[0]))
 
 
@@ -351,7 +351,7 @@ def rollouts(b: Bench) -> None:
     vectors, embedded = (matching.embed_records(model, b.tokenizer, part) for part in (pool, queries))
     with torch.no_grad():
         picks, _, _ = matching.Matcher(vectors, candidates=s.candidates).act(
-            embedded.repeat_interleave(s.samples, 0), vectors, s.m,
+            embedded.repeat_interleave(s.samples, 0), s.m,
             generator=torch.Generator().manual_seed(b.s.seed))
     asked = [q for q in range(len(queries)) for _ in range(s.samples)]
     jobs = list(dict.fromkeys(zip(asked, map(tuple, picks.tolist()), strict=True)))  # each pair once
@@ -420,7 +420,7 @@ def matcher(b: Bench) -> None:
     for m in (1, 2):
         @torch.no_grad()
         def pick(m=m) -> list[list[int]]:
-            return [policy.act(query[None], vectors, m, greedy=True)[0][0].tolist() for query in embedded]
+            return [policy.act(query[None], m, greedy=True)[0][0].tolist() for query in embedded]
         prompts = [text.prompt_ids(b.tokenizer, [pool[j] for j in picks])
                    + b.tokenizer.encode(text.query_text(q)) for q, picks in zip(queries, pick(), strict=True)]
         ways = {"policy": pick, "llm": lambda p=prompts: [llama.prefill(model, [ids]) for ids in p],
@@ -465,7 +465,7 @@ def growth(b: Bench) -> None:
         pool = torch.randn(size, query.size(1), generator=generator)
         policy = matching.Matcher(pool, logit_scale=s.logit_scale, candidates=s.candidates)
         work("matcher, prompts in the pool:", size, len(query),
-             lambda policy=policy, pool=pool: policy.act(query, pool, 2, greedy=True))
+             lambda policy=policy, pool=pool: policy.act(query, 2, greedy=True))
     rates: dict[str, list] = {}
     for name, seconds in alternate(ways, b.s.repeats).items():
         panel, x, amount = points[name]

@@ -55,9 +55,10 @@ class Settings:
     dtype: str = opt("auto", "auto (bfloat16 where the machine has it), bfloat16 or float32")
 
 
-SELECTORS = ("no prompt", "random", "best fixed", "same words (BM25)", "nearest", "learned")
+SELECTORS = ("no prompt", "random", "best fixed", "same words (BM25)", "nearest",
+             "nearest of the plausible (LPR)", "learned")
 RIGHT, WRONG = "right task, right answer", "right task, wrong answer"  # only where marks.json tells
-RANDOM_SEEDS, FIXED_TRIES, FIXED_QUERIES = 5, 16, 32  # best fixed: the best of 16 sets on 32 val queries
+RANDOM_SEEDS, FIXED_TRIES, FIXED_QUERIES = 2, 8, 32  # best fixed: the best of 8 sets on 32 val queries
 
 
 # ---- the selectors ---------------------------------------------------------------------------------------
@@ -80,10 +81,21 @@ def random_picks(n_queries: int, n_prompts: int, m: int, generator: torch.Genera
     return torch.rand(n_queries, n_prompts, generator=generator).argsort(1)[:, :m]
 
 
+def plausible_nearest(matcher: matching.Matcher, queries: Tensor, surprise: Tensor, m: int) -> Tensor:
+    """Local Perplexity Ranking (arXiv 2405.17264): the nearest of the prompts whose answer surprises the LLM
+    less than the median of their five neighbours' answers do, the prompt itself included. (N, m)"""
+    pool = matcher.standardise(matcher.pool)  # (P, E)
+    near = (pool @ pool.T).topk(min(5, len(pool))).indices  # (P, 5)
+    doubtful = surprise > surprise[near].median(1).values  # (P)
+    scores = matcher.standardise(queries) @ pool.T - 2.0 * doubtful  # (N, P); a cosine spans 2
+    return scores.topk(m).indices
+
+
 @torch.no_grad()
-def choose(env: Environment, matcher: matching.Matcher, vectors: Tensor, pool: Tensor, test: list[Record],
+def choose(env: Environment, matcher: matching.Matcher, vectors: Tensor, test: list[Record],
            val: list[Record], m: int, seed: int) -> dict[str, list]:
-    """{selector: its runs (R, N, m)}. vectors (N, 2 C) and pool (P, 2 C) are test queries and prompts."""
+    """{selector: its runs (R, N, m)}. vectors (N, E): the embedded test queries."""
+    pool, surprise = matcher.pool, matcher.doubts[:, 0]  # (P, E), (P)
     def drawn(n_queries: int, n: int) -> list[list[int]]:
         return random_picks(n_queries, len(pool), m, torch.Generator().manual_seed(seed + n)).tolist()
     some, tries = val[:FIXED_QUERIES], drawn(FIXED_TRIES, 0)
@@ -93,7 +105,18 @@ def choose(env: Environment, matcher: matching.Matcher, vectors: Tensor, pool: T
     return dict(zip(SELECTORS, (
         [[[]] * len(test)], [drawn(len(test), n) for n in range(RANDOM_SEEDS)], [[fixed] * len(test)],
         [bm25(test, env.pool, m).tolist()], [matching.nearest(vectors, pool, m).tolist()],
-        [matcher.act(vectors, pool, m, greedy=True)[0].tolist()]), strict=True))
+        [plausible_nearest(matcher, vectors, surprise, m).tolist()],
+        [matcher.act(vectors, m, greedy=True)[0].tolist()]), strict=True))
+
+
+def marks_of(data: Path) -> dict[str, str]:
+    """{question: what the default data's marks.json says about its record}; other data sets have no marks."""
+    marks = {}
+    if (data / "marks.json").exists():
+        for split, found in read_json(data / "marks.json", pool=list, val=list, test=list).items():
+            records = read_records(data / f"{split}.jsonl")
+            marks |= {query_text(record): mark for record, mark in zip(records, found, strict=True)}
+    return marks
 
 
 def told(test: list[Record], pool: list[Record], marks: dict[str, str], m: int, seed: int) -> dict[str, list]:
@@ -190,24 +213,22 @@ def compare(s: Settings) -> dict:
     tokenizer = Tokenizer(base)
     model, model_id = load_tuned(base, s.adapter, TEMPLATE, dtype, device)
     matcher, pool, m = matching.load(s.matcher, model_id)
-    vectors, room = matcher.pool, model.config.max_position_embeddings - s.max_new_tokens  # (P, 2 C)
+    room = model.config.max_position_embeddings - s.max_new_tokens
     queries = load_queries(data, tokenizer, room, s.seed)  # the same seed: the same queries as in train_rl.py
     test = queries["test"][:s.test_queries or None]
     if s.pool:
         pool = matching.read_pool(s.pool, sum(queries.values(), []))
-        vectors = matching.embed_records(model, tokenizer, pool)  # (P, 2 C)
+        matcher.use_pool(matching.embed_records(model, tokenizer, pool),
+                         matching.doubts(model, tokenizer, pool))
     if len(pool) < m or {query_text(p) for p in pool} & {query_text(q) for q in test}:
         raise ValueError(f"{s.pool or s.matcher}: the pool has under {m} prompts, or some ask what test "
                          "queries ask; name another --pool.")
     env = Environment(model, tokenizer, pool, s.max_new_tokens, f"{model_id} {dtype}", file)
     print(f"pool of {len(pool)} prompts, m = {m}; {len(env.known)} rewards known from earlier runs")
-    embedded = matching.embed_records(model, tokenizer, test)  # (N, 2 C)
-    picks = choose(env, matcher, embedded, vectors, test, queries["val"], m, s.seed)
-    envs, entries, marks = {}, {}, {}
-    if (data / "marks.json").exists():
-        for split, found in read_json(data / "marks.json", pool=list, val=list, test=list).items():
-            records = read_records(data / f"{split}.jsonl")
-            marks |= {query_text(record): mark for record, mark in zip(records, found, strict=True)}
+    embedded = matching.embed_records(model, tokenizer, test)  # (N, E)
+    picks = choose(env, matcher, embedded, test, queries["val"], m, s.seed)
+    envs, entries, marks = {}, {}, marks_of(data)
+    if marks:
         picks |= told(test, pool, marks, m, s.seed)
     for llm, folder, selectors in (("base", base if s.adapter != "none" else "", ("no prompt",)),
                                    ("full fine-tuning", s.full, ("no prompt", "nearest", "learned", RIGHT))):

@@ -58,8 +58,8 @@ def main(s: Settings) -> None:
     model, model_id = load_tuned(base, s.adapter, TEMPLATE, dtype, device)
     env = Environment(model, tokenizer, pool, s.max_new_tokens, f"{model_id} {dtype}",
                       Path(s.out_dir, "rewards.jsonl"))
-    vectors = matching.embed_records(model, tokenizer, queries)  # (N, 2 C)
-    prompts = matching.embed_records(model, tokenizer, pool)  # (P, 2 C)
+    vectors = matching.embed_records(model, tokenizer, queries)  # (N, E)
+    prompts = matching.embed_records(model, tokenizer, pool)  # (P, E)
     picks = {"no prompt": [[] for _ in queries]}
     picks |= {f"{m} nearest": matching.nearest(vectors, prompts, m).tolist() for m in (1, 2)}
     picks |= {f"{m} of the kind": of_kind(queries, pool, m) for m in (1, 2, 3)}

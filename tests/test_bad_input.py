@@ -430,12 +430,12 @@ TABLE = {  # what it is: (command, damage, what the sentence must say)
         "matcher of another hidden width": (lambda t: t.update({"prompt_mlp.up.bias": torch.ones(9)}),
                                             "'prompt_mlp.up.bias' is torch.float32 [9], but floats [4] are"),
         "matcher without its pool": (lambda t: t.pop("pool"), "1 tensors are missing, e.g. 'pool'; train")}),
-    **without(ASK, META, "m hidden width logit_scale candidates instruction model_id pool"),
+    **without(ASK, META, "m hidden width logit_scale candidates shares model_id pool"),
     **alike(ASK, lambda changes: fields(META, **changes), "not of the run that wrote matcher.json; run", {
         "matcher with another width inside": {"hidden": 9},
         "matcher of a killed run": {"pool": tiny.records(16)[8:]}}),
-    "another INSTRUCTION": (ASK, fields(META, instruction=0.5),
-                            "matcher.json: trained with INSTRUCTION = 0.5, but it is 0.95 now; train"),
+    "other SHARES": (ASK, fields(META, shares=[0.5, 0.5]),
+                            "matcher.json: trained with SHARES = [0.5, 0.5], but they are [0.4, 0.6]"),
     "m a text": (ASK, fields(META, m="2"), f"matcher.json: field 'm' {POSITIVE}\"2\""),
     "matcher's pool broken": (ASK, fields(META, pool=[{"instruction": "x"}] * 8), "matcher.json: record 1"),
     # ---- downloads (a hostile archive and a hostile index: test_prepare.py)
@@ -459,7 +459,7 @@ TABLE = {  # what it is: (command, damage, what the sentence must say)
         ASK: ("--temperature -1", "--top_p 0", "--top_p 1.5", "--max_new_tokens 0", "--top_k -1", "--m -1")
     }.items() for flag in flags},
     "too small a number": (RL + "--samples 1", nothing, "--samples 1: must be a number from 2 on; see"),
-    "as many picks as candidates": (RL + "--m 4", nothing, "--candidates 4 must be above --m 4"),
+    "as many picks as candidates": (RL + "--m 4 --candidates 4", nothing, "--candidates 4 must be above"),
     "unknown type": (SFT + "--dtype float12", nothing, "--dtype float12: choose"),
     "unknown device": (SFT + "--device toaster", nothing, "--device toaster"),
     "no such GPU": (SFT + "--device cuda:99", nothing, "--device cuda:99: this machine (or this"),

@@ -83,11 +83,11 @@ def test_adapter_and_matcher(run, made, tuned):
     """Two prompts of the stored pool, each with the probability of its step, and the tuned model's answer."""
     tokenizer, model, model_id = tuned
     matcher, pool, m = matching.load(made[2], model_id)
-    query, vectors = (matching.embed_records(model, tokenizer, r) for r in ([QUERY], pool))
+    query = matching.embed_records(model, tokenizer, [QUERY])
     def probabilities(picks):  # of whole episodes
-        return matcher.act(query.expand(len(picks), -1), vectors, picks.size(1), picks)[1].sum(1).exp()
+        return matcher.act(query.expand(len(picks), -1), picks.size(1), picks)[1].sum(1).exp()
     with torch.no_grad():
-        picks, _, _ = matcher.act(query, vectors, m, greedy=True)
+        picks, _, _ = matcher.act(query, m, greedy=True)
         first = probabilities(torch.arange(8)[:, None])
         second = probabilities(torch.tensor([[picks[0, 0], j] for j in range(8) if j != picks[0, 0]]))
     prompts = [pool[j] for j in picks[0]]
