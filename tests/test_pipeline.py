@@ -54,7 +54,7 @@ def test_the_whole_way_on_the_real_model(tmp_path):
     assert "validation reward" in text and "next: python sample.py" in text
     assert sum(len(json.loads(line)) for line in (rl / "rewards.jsonl").read_text().splitlines()) > 160 + 30
     assert {f.name for f in rl.iterdir()} == {"matcher.safetensors", "matcher.json", "rewards.jsonl",
-                                              "log.jsonl", "table.json", "run.json"}
+                                              "log.jsonl", "table.json", "run.json", "pool.json"}
     assert json.loads((rl / "table.json").read_text())["rows"].keys() == {"no prompt", "nearest", "learned"}
 
     text = script("sample.py", "--prompt", "Write the date in our style.", "--input", "March 9, 2021",

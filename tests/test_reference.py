@@ -143,7 +143,8 @@ def test_int8_changes_perplexity_little(base, text, ours):
 
 def test_lora_on_int8_learns_as_on_the_float_base(base, base_tokenizer, base_model, splits, tmp_path,
                                                   monkeypatch):
-    """12 steps of train_sft.py on 96 short records, the base int8 or not: the same validation loss to 0.5%.
+    """12 steps of train_sft.py on 96 short records, the base int8 or not: int8's validation loss is at most
+    0.5% above the other's. The mean of two seeds, since chance alone makes 0.2 to 0.6% here.
 
     Not int8 means bfloat16 where the machine multiplies that, else float32, on which the bound is as fair."""
     monkeypatch.setattr(prepare, "DATA", tmp_path)
@@ -156,15 +157,18 @@ def test_lora_on_int8_learns_as_on_the_float_base(base, base_tokenizer, base_mod
     with torch.inference_mode():
         before = train_sft.answer_loss(base_model, ids, targets).item() / (targets >= 0).sum().item()
 
-    after = {}
-    for name, no_int8 in (("int8", False), ("float", True)):
-        out = tmp_path / name
-        train_sft.main(train_sft.Settings(base=str(base), out_dir=str(out), no_int8=no_int8, batch_size=8,
-                                          epochs=1, shots=0, device="cpu"))
-        last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
-        assert last["step"] == 12
-        after[name] = last["val_loss"]
+    after = {"int8": [], "float": []}
+    for seed in (1337, 1338):
+        for name in after:
+            out = tmp_path / f"{name} {seed}"
+            train_sft.main(train_sft.Settings(base=str(base), out_dir=str(out), no_int8=name == "float",
+                                              shots=0, batch_size=8, epochs=1, seed=seed, device="cpu"))
+            last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+            assert last["step"] == 12
+            after[name].append(last["val_loss"])
+    print(after)
+    after = {name: sum(losses) / 2 for name, losses in after.items()}
     print(f"\nvalidation loss {before:.3f} before; after 12 steps {after}: int8 "
           f"{100 * (after['int8'] / after['float'] - 1):+.2f}%")
     assert after["float"] < 0.8 * before  # it did learn
-    assert after["int8"] == pytest.approx(after["float"], rel=0.005)
+    assert 0.99 * after["float"] < after["int8"] < 1.005 * after["float"]
