@@ -300,9 +300,9 @@ def audit(matcher: Matcher, pool: list[Record], draws: list[tuple[Tensor, Tensor
     tried, gain = torch.zeros(2, len(pool))  # (P) each
     tried.index_add_(0, picks.flatten(), torch.ones(picks.numel()))
     gain.index_add_(0, picks.flatten(), advantages.flatten())
-    gain = gain / tried.clamp(min=1)
-    order = (matcher.usefulness() + gain * tried.sqrt() / advantages.std()).argsort().tolist()
-    columns = (matcher.usefulness(), tried, 100 * gain, matcher.doubts[:, 0])
+    gain, usefulness = gain / tried.clamp(min=1), matcher.usefulness()
+    order = (usefulness + gain * tried.sqrt() / advantages.std()).argsort().tolist()
+    columns = (usefulness, tried, 100 * gain, matcher.doubts[:, 0])
     found = [p | {"usefulness": round(u, 3), "tried": int(n), "gain": round(g, 1), "surprise": round(x, 3)}
              for p, u, n, g, x in zip(pool, *(column.tolist() for column in columns), strict=True)]
     return [found[j] for j in order]

@@ -135,12 +135,17 @@ def query_text(record: Record) -> str:
     return f"### Instruction:\n{record['instruction']}{middle}\n\n### Response:\n"
 
 
+def segments(tokenizer: Tokenizer, record: Record) -> list[list[int]]:
+    """The ids of a block's question, of its answer, and of what separates it from the next block. Training
+    and use take them from here, so that a prompt is read as it was trained."""
+    return [tokenizer.encode(text) for text in (query_text(record), record["output"], BLOCK_END)]
+
+
 def prompt_ids(tokenizer: Tokenizer, prompts: Sequence[Record]) -> list[int]:
     """bos, then each prompt's whole block, question and answer: the same ids whatever follows."""
     ids = list(tokenizer.bos)
     for record in prompts:
-        ids += tokenizer.encode(query_text(record)) + tokenizer.encode(record["output"])
-        ids += tokenizer.encode(BLOCK_END)
+        ids += sum(segments(tokenizer, record), [])
     return ids
 
 
@@ -170,8 +175,7 @@ def training_example(tokenizer: Tokenizer, records: Sequence[Record],
     """
     ids, targets = list(tokenizer.bos), [-1] * len(tokenizer.bos)
     for record in records:
-        question, answer = tokenizer.encode(query_text(record)), tokenizer.encode(record["output"])
-        end = tokenizer.encode(BLOCK_END)
+        question, answer, end = segments(tokenizer, record)
         ids += question + answer + end
         targets += [-1] * (len(question) - 1) + answer + [tokenizer.eos] + [-1] * len(end)
     ids, targets = ids[:-len(end)], targets[:-len(end)]  # nothing follows the last answer

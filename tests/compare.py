@@ -81,10 +81,10 @@ def random_picks(n_queries: int, n_prompts: int, m: int, generator: torch.Genera
     return torch.rand(n_queries, n_prompts, generator=generator).argsort(1)[:, :m]
 
 
-def plausible_nearest(matcher: matching.Matcher, queries: Tensor, surprise: Tensor, m: int) -> Tensor:
+def plausible_nearest(matcher: matching.Matcher, queries: Tensor, m: int) -> Tensor:
     """Local Perplexity Ranking (arXiv 2405.17264): the nearest of the prompts whose answer surprises the LLM
     less than the median of their five neighbours' answers do, the prompt itself included. (N, m)"""
-    pool = matcher.standardise(matcher.pool)  # (P, E)
+    pool, surprise = matcher.standardise(matcher.pool), matcher.doubts[:, 0]  # (P, E), (P)
     near = (pool @ pool.T).topk(min(5, len(pool))).indices  # (P, 5)
     doubtful = surprise > surprise[near].median(1).values  # (P)
     scores = matcher.standardise(queries) @ pool.T - 2.0 * doubtful  # (N, P); a cosine spans 2
@@ -95,7 +95,7 @@ def plausible_nearest(matcher: matching.Matcher, queries: Tensor, surprise: Tens
 def choose(env: Environment, matcher: matching.Matcher, vectors: Tensor, test: list[Record],
            val: list[Record], m: int, seed: int) -> dict[str, list]:
     """{selector: its runs (R, N, m)}. vectors (N, E): the embedded test queries."""
-    pool, surprise = matcher.pool, matcher.doubts[:, 0]  # (P, E), (P)
+    pool = matcher.pool  # (P, E)
     def drawn(n_queries: int, n: int) -> list[list[int]]:
         return random_picks(n_queries, len(pool), m, torch.Generator().manual_seed(seed + n)).tolist()
     some, tries = val[:FIXED_QUERIES], drawn(FIXED_TRIES, 0)
@@ -105,7 +105,7 @@ def choose(env: Environment, matcher: matching.Matcher, vectors: Tensor, test: l
     return dict(zip(SELECTORS, (
         [[[]] * len(test)], [drawn(len(test), n) for n in range(RANDOM_SEEDS)], [[fixed] * len(test)],
         [bm25(test, env.pool, m).tolist()], [matching.nearest(vectors, pool, m).tolist()],
-        [plausible_nearest(matcher, vectors, surprise, m).tolist()],
+        [plausible_nearest(matcher, vectors, m).tolist()],
         [matcher.act(vectors, m, greedy=True)[0].tolist()]), strict=True))
 
 
