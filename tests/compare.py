@@ -55,9 +55,11 @@ class Settings:
     dtype: str = opt("auto", "auto (bfloat16 where the machine has it), bfloat16 or float32")
 
 
-SELECTORS = ("no prompt", "random", "best fixed", "same words (BM25)", "nearest",
-             "nearest of the plausible (LPR)", "learned")
+LPR = "nearest of the plausible (LPR)"
+SELECTORS = ("no prompt", "random", "best fixed", "same words (BM25)", "nearest", LPR, "learned")
 RIGHT, WRONG = "right task, right answer", "right task, wrong answer"  # only where marks.json tells
+PAIRS = (("learned", LPR), ("learned", "full fine-tuning, no prompt"), (RIGHT, f"full fine-tuning, {RIGHT}"),
+         ("learned", "full fine-tuning, learned"))  # shown as differences too, where both rows exist
 RANDOM_SEEDS, FIXED_TRIES, FIXED_QUERIES = 2, 8, 32  # best fixed: the best of 8 sets on 32 val queries
 
 
@@ -81,14 +83,13 @@ def random_picks(n_queries: int, n_prompts: int, m: int, generator: torch.Genera
     return torch.rand(n_queries, n_prompts, generator=generator).argsort(1)[:, :m]
 
 
-def plausible_nearest(matcher: matching.Matcher, queries: Tensor, m: int) -> Tensor:
+def plausible_scores(matcher: matching.Matcher, queries: Tensor) -> Tensor:
     """Local Perplexity Ranking (arXiv 2405.17264): the nearest of the prompts whose answer surprises the LLM
-    less than the median of their five neighbours' answers do, the prompt itself included. (N, m)"""
+    less than the median of their five neighbours' answers do, the prompt itself included. (N, P)"""
     pool, surprise = matcher.standardise(matcher.pool), matcher.doubts[:, 0]  # (P, E), (P)
     near = (pool @ pool.T).topk(min(5, len(pool))).indices  # (P, 5)
     doubtful = surprise > surprise[near].median(1).values  # (P)
-    scores = matcher.standardise(queries) @ pool.T - 2.0 * doubtful  # (N, P); a cosine spans 2
-    return scores.topk(m).indices
+    return matcher.standardise(queries) @ pool.T - 2.0 * doubtful  # (N, P); a cosine spans 2
 
 
 @torch.no_grad()
@@ -105,7 +106,7 @@ def choose(env: Environment, matcher: matching.Matcher, vectors: Tensor, test: l
     return dict(zip(SELECTORS, (
         [[[]] * len(test)], [drawn(len(test), n) for n in range(RANDOM_SEEDS)], [[fixed] * len(test)],
         [bm25(test, env.pool, m).tolist()], [matching.nearest(vectors, pool, m).tolist()],
-        [plausible_nearest(matcher, vectors, m).tolist()],
+        [plausible_scores(matcher, vectors).topk(m).indices.tolist()],
         [matcher.act(vectors, m, greedy=True)[0].tolist()]), strict=True))
 
 
@@ -119,12 +120,16 @@ def marks_of(data: Path) -> dict[str, str]:
     return marks
 
 
+def is_wrong(prompt: Record, marks: dict[str, str]) -> bool:
+    """Whether its answer is one of the planted mistakes."""
+    return marks.get(query_text(prompt), "").startswith("wrong answer")
+
+
 def told(test: list[Record], pool: list[Record], marks: dict[str, str], m: int, seed: int) -> dict[str, list]:
     """What a selector could do that is told each query's task, and which of the pool's answers are wrong."""
     rng, prompts = random.Random(seed), {}
     for j, prompt in enumerate(pool):
-        wrong = marks.get(query_text(prompt), "").startswith("wrong answer")
-        prompts.setdefault((prompt["task"], wrong), []).append(j)
+        prompts.setdefault((prompt["task"], is_wrong(prompt, marks)), []).append(j)
     def drawn(task: str, wrong: bool) -> list[int]:
         found = prompts.get((task, wrong), [])
         return rng.sample(found, min(m, len(found)))
@@ -135,7 +140,7 @@ def told(test: list[Record], pool: list[Record], marks: dict[str, str], m: int, 
 # ---- the table -------------------------------------------------------------------------------------------
 
 def summarise(picks: dict[str, list], entries: dict[str, list], test: list[Record], pool: list[Record],
-              groups: dict[str, Tensor]) -> tuple[dict[str, dict], dict[str, Tensor]]:
+              groups: dict[str, Tensor], marks: dict[str, str]) -> tuple[dict[str, dict], dict[str, Tensor]]:
     """({row: {column: figure}}, {row: ROUGE-L (N)}). picks and entries: {row: its runs (R, N, ..)}."""
     rows, rouge, oracle = {}, {}, torch.zeros(len(test))  # (N)
     for name, runs in entries.items():
@@ -150,6 +155,10 @@ def summarise(picks: dict[str, list], entries: dict[str, list], test: list[Recor
             own = [any(pool[j]["task"] == query["task"] for j in picked)
                    for run in picks[name] for query, picked in zip(test, run, strict=True)]
             rows[name]["right task"] = 100 * sum(own) / len(own)
+        picked = [j for run in picks[name] for of_query in run for j in of_query]
+        if marks and picked:
+            wrong = [is_wrong(pool[j], marks) for j in picked]
+            rows[name]["wrong answer"] = 100 * sum(wrong) / len(wrong)
         words = [len(e["answer"].split()) for run in runs for e in run]
         rows[name] |= {"prompt tokens": tokens.mean(), "answer words": sum(words) / len(words)}
     rows["best of LoRA's"] = {f"ROUGE-L, {g}": 100 * oracle[mask].mean() for g, mask in groups.items()}
@@ -179,8 +188,15 @@ def differences(rouge: dict[str, Tensor], groups: dict[str, Tensor]) -> dict[str
     return gaps
 
 
+def pairs(rouge: dict[str, Tensor], groups: dict[str, Tensor]) -> dict[str, dict]:
+    """{"row minus other row": {group: interval}} of PAIRS."""
+    return {f"{one} minus {other}": {group: interval_over_runs((rouge[one] - rouge[other])[:, mask])
+                                     for group, mask in groups.items()}
+            for one, other in PAIRS if one in rouge and other in rouge}
+
+
 def show(title: str, table: dict[str, dict]) -> None:
-    columns = list(table["learned"])
+    columns = list(max(table.values(), key=len))
     print(f"\n{title}\n\n| prompts | {' | '.join(columns)} |\n|---" + "|---:" * len(columns) + "|")
     for name, row in table.items():
         cells = (row.get(key, "") for key in columns)
@@ -203,7 +219,7 @@ def over_runs(folders: list[str]) -> dict:
                                  for t, place in zip(tables, places, strict=True)])  # (R, N)
              for name in tables[0]["rouge of each query"] if name in rows}
     groups = {group: torch.tensor(mask) for group, mask in tables[0]["groups"].items()}
-    return {"runs": folders, "rows": rows, "gaps": differences(rouge, groups)}
+    return {"runs": folders, "rows": rows, "gaps": differences(rouge, groups), "pairs": pairs(rouge, groups)}
 
 
 def compare(s: Settings) -> dict:
@@ -249,9 +265,10 @@ def compare(s: Settings) -> dict:
     groups = {kind: torch.tensor([k == kind for k in kinds]) for kind in sorted(set(kinds), reverse=True)}
     for mark in sorted({marks[query_text(query)] for query in test} if marks else ()):
         groups[mark] = torch.tensor([marks[query_text(query)] == mark for query in test])
-    rows, rouge = summarise(picks, entries, test, pool, groups)
+    rows, rouge = summarise(picks, entries, test, pool, groups, marks)
+    runs = {name: score[None] for name, score in rouge.items()}  # (1, N)
     return {"settings": asdict(s), "rows": rows, "queries": test, "pool": pool,
-            "gaps": differences({name: score[None] for name, score in rouge.items()}, groups),
+            "gaps": differences(runs, groups), "pairs": pairs(runs, groups),
             "rouge of each query": {name: score.tolist() for name, score in rouge.items()},
             "groups": {name: mask.tolist() for name, mask in groups.items()},
             "picks": {name: picks[name][0] for name in SELECTORS}}
@@ -266,6 +283,8 @@ def main(s: Settings) -> None:
             table, name = compare(s), "table.json"
     show("points of 100; prompt tokens and answer words are counted", table["rows"])
     show("differences of ROUGE-L in points, with 95% intervals", table["gaps"])
+    if table["pairs"]:
+        show("the same between other rows", table["pairs"])
     save_json(table, Path(s.out_dir, name))
     print(f"\nsaved in {Path(s.out_dir, name)}")
 

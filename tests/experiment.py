@@ -1,4 +1,4 @@
-"""The experiments behind the README's figures: REINFORCE on a table of rewards, its collapse, curves of runs.
+"""REINFORCE on a table of rewards, without an LLM: what it learns, how it collapses, and the cure.
 
 assets/rewards.safetensors holds the rewards, m = 1, of queries of the default data with each of their 16
 nearest prompts; the embeddings (as int8) and doubts; which answers of the pool are planted wrong; no text. So
@@ -7,8 +7,6 @@ the policy can be trained in seconds, without an LLM, many seeds over.
     python tests/experiment.py                            # play: REINFORCE, its collapse and the cure
     python tests/experiment.py --seeds 10                 # the same with more seeds
     python tests/experiment.py --make --adapter out/sft   # compute the table anew: 10,700 answers
-    python tests/experiment.py --logs out/sft,out/rl      # draw the curves of log.jsonl
-    python tests/experiment.py --compared out/compare     # draw compare.py's table; what has been learned?
 
 Letters: N queries, P prompts, E width of an embedding, B rows, m picks.
 """
@@ -20,18 +18,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from matplotlib import pyplot
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this is tests/; the scripts lie above it
-from compare import marks_of
+from compare import LPR, is_wrong, marks_of, plausible_scores
 
 import matcher as matching
 import train_rl
 from data.cli import cli, opt, pick_device
-from data.files import open_tensors, read_json, save_tensors
-from data.instructions import TEMPLATE, Record, query_text
-from data.prepare import TASKS, ensure_base, ensure_data
+from data.files import open_tensors, save_tensors
+from data.instructions import TEMPLATE, Record
+from data.prepare import ensure_base, ensure_data
 from data.tokenizer import Tokenizer
 from lora import load_tuned
 
@@ -44,12 +41,10 @@ class Settings:
                      "the table of rewards")
     make: bool = opt(False, "compute the table with the LLM")
     adapter: str = opt("out/sft", "the LoRA adapter, for --make")
-    logs: str = opt("", "comma-separated folders of train_sft.py and train_rl.py: draw their logs")
-    compared: str = opt("", "folder of compare.py: draw its table")
     seeds: int = opt(3, "seeds of the policy", 1)
     steps: int = opt(200, "updates of 16 queries, 8 episodes each; the collapse has twice as many", 1)
     lr: float = opt(1e-3, "Adam's learning rate, as in train_rl.py", 1e-12)
-    out_dir: str = opt("out/experiment", "folder for the figures")
+    out_dir: str = opt("out/experiment", "folder for --make's rewards so far")
 
 
 # ---- the table -------------------------------------------------------------------------------------------
@@ -76,8 +71,7 @@ def make(s: Settings) -> None:
     scale = torch.cat(list(vectors.values())).abs().amax(0) / 127  # (E)
     tensors = {name: (v / scale).round().to(torch.int8) for name, v in vectors.items()}  # (P, E), (N, E)
     marks = marks_of(data)
-    wrong = [marks[query_text(p)].startswith("wrong answer") for p in pool]
-    tensors |= {"scale": scale, "wrong": torch.tensor(wrong),
+    tensors |= {"scale": scale, "wrong": torch.tensor([is_wrong(p, marks) for p in pool]),
                 "doubts": matching.doubts(model, tokenizer, pool)}
     for split, asked in queries.items():
         near = matching.nearest(tensors[split] * scale, tensors["pool"] * scale, of_rl.candidates)  # (N, 16)
@@ -146,6 +140,17 @@ def greedy(matcher: matching.Matcher, t: dict[str, Tensor], split: str, m: int) 
             f"{split} wrong": t["wrong"][picks].float().mean().item()}
 
 
+@torch.no_grad()
+def levels(t: dict[str, Tensor], *splits: str) -> dict[str, float]:
+    """Mean reward on these splits of the two rules that learn nothing."""
+    policy = matching.Matcher(t["pool"], 1, candidates=1, doubts=t["doubts"])
+    queries = torch.cat([t[split] for split in splits])  # (N, E)
+    rewards = torch.cat([t[f"reward.{split}"] for split in splits])  # (N, P)
+    scores = plausible_scores(policy, queries).masked_fill(rewards.isnan(), -torch.inf)  # (N, P)
+    return {name: rewards.gather(1, picks).mean().item() for name, picks in
+            (("nearest", policy.act(queries, 1, greedy=True)[0]), (LPR, scores.argmax(1, keepdim=True)))}
+
+
 def play(s: Settings) -> None:
     t, _ = table_of(s)
     settings = train_rl.Settings(steps=s.steps, lr=s.lr)
@@ -154,7 +159,8 @@ def play(s: Settings) -> None:
     best = test.nan_to_num(0).amax(1).mean().item()
     print(f"{len(test)} test queries, their {settings.candidates} nearest of {test.size(1)} prompts, rewards "
           f"in points: random {test.nanmean() * 100:.1f}, nearest {start['test'] * 100:.1f} (planted "
-          f"mistakes: {start['test wrong']:.0%}), best of all {best * 100:.1f}")
+          f"mistakes: {start['test wrong']:.0%}), {LPR} {levels(t, 'test')[LPR] * 100:.1f}, best of all "
+          f"{best * 100:.1f}")
     learned = []
     for seed in range(s.seeds):
         matcher, log = run(t, replace(settings, seed=seed))
@@ -189,132 +195,12 @@ def collapse(s: Settings) -> dict[str, list[list[dict]]]:
     return logs
 
 
-# ---- what was learned ------------------------------------------------------------------------------------
-
-def what_is_learned(folder: str) -> tuple[Tensor, dict]:
-    """Does the pick depend on the query? Mutual information of task asked and task picked; examples where the
-    learned pick beats the nearest prompt most, and loses most. Returns the counts (tasks, tasks) of query and
-    prompt, and compare.py's table."""
-    table = read_json(Path(folder, "table.json"), queries=list, pool=list, picks=dict, gaps=dict)
-    test, pool, scores = table["queries"], table["pool"], table["rouge of each query"]
-    new = {task for task, of in TASKS.items() if of["kind"] == "new"}
-    tasks = sorted({r["task"] for r in test + pool}, key=lambda task: (task in new, task))
-    counts = torch.zeros(len(tasks), len(tasks))
-    learned, nearest = (table["picks"][name] for name in ("learned", "nearest"))  # (N, m)
-    for query, picks in zip(test, learned, strict=True):
-        for j in picks:
-            counts[tasks.index(query["task"]), tasks.index(pool[j]["task"])] += 1
-    p = counts / counts.sum()
-    independent = p.sum(1, keepdim=True) * p.sum(0, keepdim=True)
-    bits = (p * (p / independent).log2())[p > 0].sum().item()
-    entropy = -torch.special.xlogy(p.sum(1), p.sum(1)).sum().item() / torch.log(torch.tensor(2.0)).item()
-    changed = sum(a != b for a, b in zip(learned, nearest, strict=True))
-    print(f"{folder}: another prompt than the nearest for {changed} of {len(test)} queries; "
-          f"{len(set(map(tuple, learned)))} different picks; the pick tells {bits:.2f} of the {entropy:.2f} "
-          "bits of the query's task")
-    gaps = [a - b for a, b in zip(scores["learned"], scores["nearest"], strict=True)]
-    def shown(record: Record) -> str:
-        return f"{record['task']}: {record['instruction']} | {record['input']} -> {record['output']}"
-    order = sorted(range(len(test)), key=lambda i: gaps[i])
-    for what, rows in (("beats the nearest prompt", [i for i in order[-5:] if gaps[i] > 0]),
-                       ("loses to it", [i for i in order[:5] if gaps[i] < 0])):
-        for i in rows:
-            print(f"{what} by {abs(gaps[i]) * 100:.0f} points: {shown(test[i])}\n"
-                  f"  learned {shown(pool[learned[i][0]])}\n  nearest {shown(pool[nearest[i][0]])}")
-    return counts, table
-
-
-# ---- figures ---------------------------------------------------------------------------------------------
-
-def panels(n: int, height: float = 3.2):
-    figure, axes = pyplot.subplots(1, n, figsize=(5.5 * n, height), layout="constrained", squeeze=False)
-    return figure, axes[0]
-
-
-def finish(figure, file: Path) -> None:
-    for axis in figure.axes:
-        axis.grid(alpha=0.3)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=120, facecolor="white")  # white in a dark page too: black text needs it
-    pyplot.close(figure)
-    print(f"(figure {file})")
-
-
-def draw_collapse(logs: dict[str, list[list[dict]]], file: Path) -> None:
-    """The mean over seeds, and each seed thin behind it."""
-    figure, axes = panels(3)
-    shown = {"entropy": "entropy, 1 is uniform", "val": "greedy reward on val",
-             "val top share": "share of the most frequent pair, greedy, val"}
-    for axis, (key, title) in zip(axes, shown.items(), strict=True):
-        for color, (name, of_seeds) in enumerate(logs.items()):
-            lines = torch.tensor([[line[key] for line in log[1:]] for log in of_seeds])  # (seeds, steps)
-            axis.plot(lines.T, color=f"C{color}", alpha=0.2, linewidth=0.7)
-            axis.plot(lines.mean(0), color=f"C{color}", label=name)
-        axis.set(title=title, xlabel="step")
-    axes[2].legend(fontsize=7)
-    finish(figure, file)
-
-
-def draw_logs(folders: list[str], out: Path) -> None:
-    """The curves of runs: sft.png of those of train_sft.py, rl.png of those of train_rl.py."""
-    logs = {folder: [json.loads(line) for line in Path(folder, "log.jsonl").read_text("utf-8").splitlines()]
-            for folder in folders}
-    curves = {
-        "sft": {"loss of the answers, nats a token: line in training, dots on val": ("loss", "val_loss"),
-                "norm of the gradient": ("grad_norm",)},
-        "rl": {"reward: line in training, dots on val with greedy picks": ("reward", "val_reward"),
-               "entropy, 1 is uniform": ("entropy",)}}
-    for name, titles in curves.items():
-        mark = next(iter(titles.values()))[0]  # what only such a log has
-        chosen = {folder: log for folder, log in logs.items() if any(mark in line for line in log)}
-        if not chosen:
-            continue
-        figure, axes = panels(len(titles))
-        for axis, (title, keys) in zip(axes, titles.items(), strict=True):
-            for color, (folder, log) in enumerate(chosen.items()):
-                for key in keys:
-                    style = {"marker": "o", "label": Path(folder).name} if key == keys[-1] else {"alpha": 0.3}
-                    style |= {"marker": "", "alpha": 0.6} if len(keys) == 1 else {}
-                    points = [(line["step"], line[key]) for line in log if key in line]
-                    axis.plot(*zip(*points, strict=True), color=f"C{color}", **style)
-            axis.set(title=title, xlabel="step")
-            axis.legend(fontsize=7)
-        finish(figure, out / f"{name}.png")
-
-
-def draw_compared(folder: str, out: Path) -> None:
-    """compare.py's intervals (comparison.png), and which tasks' prompts the queries get (matched.png)."""
-    counts, table = what_is_learned(folder)
-    groups = [group for group in table["groups"] if group in ("seen tasks", "new tasks", "all queries")]
-    figure, axes = panels(len(groups), 4.2)
-    for axis, group in zip(axes, groups, strict=True):
-        gaps = {name: row[f"{group} minus no prompt"] for name, row in reversed(table["gaps"].items())}
-        for y, (mean, low, high) in enumerate(gaps.values()):
-            axis.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color="C0", capsize=3)
-        axis.set(title=group, xlabel="ROUGE-L minus LoRA without prompts, 95% interval",
-                 yticks=range(len(gaps)))
-        axis.set_yticklabels(gaps)
-        axis.axvline(0, color="grey")
-    finish(figure, out / "comparison.png")
-
-    figure, axis = pyplot.subplots(figsize=(7, 6), layout="constrained")
-    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)  # (tasks, tasks)
-    axis.imshow(shares.numpy(), cmap="viridis", interpolation="nearest")
-    axis.set(title="share of a task's test queries that get a prompt of a task",
-             xlabel="task of the prompt", ylabel="task of the query", xticks=[], yticks=[])
-    finish(figure, out / "matched.png")
-
-
 def main(s: Settings) -> None:
     if s.make:
         make(s)
-    elif s.logs:
-        draw_logs(s.logs.split(","), Path(s.out_dir))
-    elif s.compared:
-        draw_compared(s.compared, Path(s.out_dir))
     else:
         play(s)
-        draw_collapse(collapse(s), Path(s.out_dir, "collapse.png"))
+        collapse(s)
 
 
 if __name__ == "__main__":

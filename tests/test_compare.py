@@ -82,14 +82,16 @@ def test_figures_by_hand():
         return [{"rouge": r, "exact": r == 1, "semantic": r / 2, "prompt_tokens": 10, "answer": "a b c"}
                 for r in scores]
     test = [{"task": task} for task in ("loud", "loud", "tag")]
-    pool = [{"task": "loud"}, {"task": "tag"}]
+    pool = [{"task": task, "instruction": task, "input": ""} for task in ("loud", "tag")]
     picks = {"no prompt": [[[], [], []]], "random": [[[0], [1], [1]], [[1], [1], [0]]],
              "nearest": [[[0], [0], [1]]], "base, no prompt": [[[], [], []]]}
     scored = {"no prompt": [entries(0, 0.5, 0)], "random": [entries(0, 1, 0.2), entries(1, 0.5, 0)],
               "nearest": [entries(1, 0.5, 1)], "base, no prompt": [entries(1, 1, 1)]}
     seen = torch.tensor([True, True, False])
     groups = {"seen tasks": seen, "new tasks": ~seen}
-    rows, rouge = compare.summarise(picks, scored, test, pool, groups)
+    marks = {compare.query_text(pool[0]): "wrong answer: its input"}
+    rows, rouge = compare.summarise(picks, scored, test, pool, groups, marks)
+    assert rows["random"].pop("wrong answer") == 33.33 and "wrong answer" not in rows["no prompt"]
     assert rows["random"] == {
         "ROUGE-L, seen tasks": 62.5, "ROUGE-L, new tasks": 10, "exact, seen tasks": 50, "exact, new tasks": 0,
         "semantic": 22.5, "right task": 33.33, "prompt tokens": 10, "answer words": 3}
@@ -97,13 +99,17 @@ def test_figures_by_hand():
     # of LoRA's rows, each run by itself: the base's answers do not count
     assert rows["best of LoRA's"] == {"ROUGE-L, seen tasks": 100, "ROUGE-L, new tasks": 100}
     scored["nearest"] = [entries(0, 0, 0)]
-    assert compare.summarise(picks, scored, test, pool, groups)[0]["best of LoRA's"] == {
+    rows, _ = compare.summarise(picks, scored, test, pool, groups, {})
+    assert "wrong answer" not in rows["random"] and rows["best of LoRA's"] == {
         "ROUGE-L, seen tasks": 100, "ROUGE-L, new tasks": 20}
     gaps = compare.differences({name: score[None] for name, score in rouge.items()}, groups)
     assert gaps["random"]["new tasks minus nearest"] == [-90, -90, -90]
     assert gaps["nearest"]["seen tasks minus no prompt"][0] == 50
     assert [gap["won / tied / lost to nearest"] for gap in gaps.values()] == [
         "0 / 1 / 2", "1 / 0 / 2", "0 / 3 / 0", "1 / 2 / 0"]
+    scores = {"learned": torch.tensor([[0.5, 1.0, 0.0]]), compare.LPR: torch.tensor([[0.0, 0.5, 0.2]])}
+    assert compare.pairs(scores, groups) == {f"learned minus {compare.LPR}": {
+        "seen tasks": [50, 50, 50], "new tasks": [-20, -20, -20]}}
 
 
 def test_who_is_told_the_task_gets_its_right_or_its_wrong_answers():
