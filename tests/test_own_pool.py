@@ -33,15 +33,18 @@ def test_points_and_kinds():
 
 
 def test_the_script(tmp_path, capsys):
-    base, adapter, _ = tiny.trained(tmp_path)
+    base, adapter, matcher = tiny.trained(tmp_path)
     (tmp_path / "out").mkdir()
     tiny.write_records(tmp_path / "pool.jsonl", tiny.records(8))
     tiny.write_records(tmp_path / "queries.jsonl", tiny.records(12)[8:])
     own_pool.main(own_pool.Settings(
-        base=str(base), adapter=str(adapter), pool=str(tmp_path / "pool.jsonl"), device="cpu",
-        queries=str(tmp_path / "queries.jsonl"), out_dir=str(tmp_path / "out"), max_new_tokens=4))
+        base=str(base), adapter=str(adapter), matcher=str(matcher), pool=str(tmp_path / "pool.jsonl"),
+        queries=str(tmp_path / "queries.jsonl"), out_dir=str(tmp_path / "out"), max_new_tokens=4,
+        device="cpu"))
     rows = json.loads((tmp_path / "out" / "own_pool.json").read_text())["rows"]
-    names = ["no prompt", "1 nearest", "2 nearest", "1 of the kind", "2 of the kind", "3 of the kind"]
-    assert list(rows) == names and all(row[1]["of"] == 4 and row[0]["of"] == 0 for row in rows.values())
+    assert list(rows) == ["no prompt", "1 nearest", "2 nearest", "1 learned", "2 learned", "1 of the kind",
+                          "2 of the kind", "3 of the kind"]
+    assert all([part["of"] for part in row] == [4, 0, 4] for row in rows.values())
     out = capsys.readouterr().out
-    assert out.count("wrong, ") + out.count("right, ") >= 6 * 4 and "loud: Say it" in out
+    assert out.count(" learned minus ") == 2
+    assert out.count("wrong, ") + out.count("right, ") >= 8 * 4 and "loud: Say it" in out
