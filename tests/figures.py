@@ -35,7 +35,7 @@ class Settings:
     logs: str = opt("", "comma-separated folders of train_sft.py and train_rl.py")
     compared: str = opt("", "folder of compare.py with runs.json, table.json or both")
     shares: str = opt("", "SHARE=FOLDER,..: wrong prompts in the pool in %, compare.py's folder")
-    seeds: int = opt(5, "seeds of the collapse", 1)
+    seeds: int = opt(3, "seeds of the collapse; each takes a minute or two", 1)
     out_dir: str = opt("assets", "folder for the figures")
 
 
@@ -125,10 +125,11 @@ def draw_collapse(seeds: int, out: Path) -> None:
     logs = experiment.collapse(experiment.Settings(seeds=seeds))
     for color, (name, of_seeds) in zip((BLUE, RED, ORANGE), logs.items(), strict=True):
         for axis, (key, title) in zip(axes, shown.items(), strict=True):
-            lines = [[(line["step"], line[key]) for line in log if key in line] for log in of_seeds]
-            seeds_and_mean(axis, lines, color, name)
             axis.set(title=title, xlabel="step")
-    axes[0].legend(fontsize=8)
+            if (key, color) != ("entropy", ORANGE):  # PromptPG's is of single picks: not comparable
+                lines = [[(line["step"], line[key]) for line in log if key in line] for log in of_seeds]
+                seeds_and_mean(axis, lines, color, name)
+    axes[1].legend(fontsize=8)
     finish(figure, out / "collapse.png")
 
 
