@@ -23,34 +23,36 @@ from data.instructions import TEMPLATE
 from data.tokenizer import Tokenizer, byte_alphabet
 from model import Config, Transformer
 
-torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 MERGES = [("#", "#"), ("##", "#"), ("I", "n"), ("In", "s"), ("t", "h"), ("th", "e"), ("o", "n"), ("e", "r"),
           ("e", "s"), ("R", "es"), ("Ġ", "a"), ("Ġ", "the"), ("Ġ", "Ins")]
 
 
-def build(folder: Path, seed: int = 0) -> Path:
-    """Writes config.json, tokenizer.json and model.safetensors into `folder`; returns it."""
+def build(folder: Path, seed: int = 0, merges: list = MERGES, dtype: torch.dtype = torch.float32,
+          **changes) -> Path:
+    """Writes config.json (with `changes`), tokenizer.json and model.safetensors into `folder`; returns it."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokens = ["<eos>", *byte_alphabet(), *("".join(pair) for pair in MERGES)]
+    tokens = ["<eos>", *byte_alphabet(), *("".join(pair) for pair in merges)]
     (folder / "tokenizer.json").write_text(json.dumps({
         "version": "1.0", "normalizer": None, "post_processor": None, "decoder": {"type": "ByteLevel"},
         "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
         "added_tokens": [{"id": 0, "content": "<eos>", "special": True}],
         "model": {"type": "BPE", "vocab": {t: i for i, t in enumerate(tokens)},
-                  "merges": [" ".join(pair) for pair in MERGES]}}), encoding="utf-8")
+                  "merges": [" ".join(pair) for pair in merges]}}), encoding="utf-8")
     (folder / "config.json").write_text(json.dumps({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
         "vocab_size": len(tokens), "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "rope_theta": 10000.0,
         "rms_norm_eps": 1e-5, "max_position_embeddings": 512, "tie_word_embeddings": True, "eos_token_id": 0,
-        "bos_token_id": 0, "torch_dtype": "float32"}), encoding="utf-8")
-    generator = torch.Generator().manual_seed(seed)
-    weights = {}
-    for name, tensor in Transformer(Config.read(folder)).state_dict().items():
+        "bos_token_id": 0, "torch_dtype": str(dtype).removeprefix("torch.")} | changes), encoding="utf-8")
+    with torch.device("meta"):  # names and shapes, without memory for a second model
+        wanted = Transformer(Config.read(folder)).state_dict()
+    generator, weights = torch.Generator().manual_seed(seed), {}
+    for name, tensor in wanted.items():
         noise = torch.randn(tensor.shape, generator=generator)
         # norms near 1; the rest keeps the size of what flows through, so that attention and depth matter
-        weights[f"model.{name}"] = 1 + 0.1 * noise if tensor.dim() == 1 else noise / tensor.size(-1) ** 0.5
+        noise = 1 + 0.1 * noise if tensor.dim() == 1 else noise / tensor.size(-1) ** 0.5
+        weights[name if name.startswith("lm_head") else f"model.{name}"] = noise.to(dtype)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
