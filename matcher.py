@@ -106,9 +106,12 @@ def doubts(model: Transformer, tokenizer: Tokenizer, records: Sequence[Record]) 
     examples = [training_example(tokenizer, [record], limit) for record in records]
     for batch in length_sorted_batches([len(ids) for ids, _ in examples], 16):
         ids, targets = collate([(examples[i][0][:limit], examples[i][1][:limit]) for i in batch])  # (B, T)
-        logits = model.logits(model(ids.to(device))).float()  # (B, T, V)
-        loss = F.cross_entropy(logits.transpose(1, 2), targets.to(device), ignore_index=-1, reduction="none")
-        found[batch, 0] = (loss.sum(1).cpu() / (targets >= 0).sum(1).clamp(min=1))
+        rows, columns = (targets >= 0).nonzero(as_tuple=True)  # (N) each: where there is an answer
+        # The head sees those N only: logits of all B x T positions would be the largest tensor of a run.
+        logits = model.logits(model(ids.to(device))[rows, columns]).float()  # (N, V)
+        loss = F.cross_entropy(logits, targets[rows, columns].to(device), reduction="none").cpu()  # (N)
+        found[batch, 0] = torch.zeros(len(batch)).index_add(0, rows, loss) / rows.bincount(
+            minlength=len(batch)).clamp(min=1)
     found[:, 1] = torch.tensor([float(r["output"].strip() == r["input"].strip()) for r in records])
     return found
 

@@ -90,6 +90,7 @@ class Settings:
 TEXTUAL = 0.5  # ROUGE-L's weight in the reward; the cosine has the rest
 FACTORS_LR = 300  # times lr: the factors and the trust, four numbers, serve all queries and may move fast
 ROLLOUT_BATCH = 32  # answers generated together
+PREFIX_BYTES = 2e9  # prompts' keys and values; of 60 tokens in bf16 1.4 MB for a 135M model, 12 MB for 1.7B
 VAL_QUERIES = 160  # the matcher that does best on them is kept
 EVAL_EVERY = 10  # steps between validations
 
@@ -181,7 +182,7 @@ class Environment:
         keys, queries, firsts, rests = zip(*jobs, strict=True)
         # Nothing stands before a first prompt, so its keys and values serve all queries. They are computed in
         # fixed groups of the pool, so that no bit of them depends on what else is asked for.
-        if len(self.prefixes) > 1000:  # for 60 tokens of a 135M model 1.4 MB each in bf16, twice that in fp32
+        if sum(kv.nbytes for kv in self.prefixes.values()) > PREFIX_BYTES:
             self.prefixes.clear()
         for group in self.groups:
             if set(group) & set(firsts) - self.prefixes.keys():

@@ -271,6 +271,19 @@ def test_each_end_of_the_tokenizer_ends_an_answer(llm, environment, monkeypatch)
     assert entry["answer"] == llm[1].decode(alone[:cut]).strip() != llm[1].decode(alone).strip()
 
 
+def test_prefixes_that_were_dropped_are_computed_again(environment, monkeypatch):
+    """They are kept up to a number of bytes, since a larger model's are larger. No score depends on it."""
+    computed = []
+    monkeypatch.setattr(train_rl, "prefill", lambda *args: computed.append(0) or llama.prefill(*args))
+    scores, times = [], []
+    for n, most in enumerate((2e9, 0)):
+        monkeypatch.setattr(train_rl, "PREFIX_BYTES", most)
+        env = environment(f"{n}.jsonl")
+        scores.append([env.scores([query], [[0]]) for query in QUERIES[:3]])
+        times.append(len(computed))
+    assert scores[0] == scores[1] and times == [1, 1 + 3]
+
+
 def test_semantic_score_of_equal_and_of_empty_answers(environment):
     assert environment().similarity(["loud", "", "loud"], ["loud", "loud", "tag"])[:2] == [1.0, 0.0]
 
