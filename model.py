@@ -297,9 +297,10 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "
     extra |= {f"layers.{i}.self_attn.rotary_emb.inv_freq": torch.empty(config.head_dim // 2)
               for i in range(config.num_hidden_layers)}
     remedy = "take config.json and weights of one model, or fetch it again"
-    for name, tensor in read_tensors(weight_files(Path(folder)), wanted | extra, remedy, extra, "model."):
+    files = weight_files(Path(folder))
+    for name, tensor in read_tensors(files, wanted | extra, remedy, extra, "model.", dtype):
         if "inv_freq" not in name:
-            state[name] = tensor.to(device=device, dtype=dtype)
+            state[name] = tensor.to(device)
     embedding = state["embed_tokens.weight"]
     if config.tie_word_embeddings and not torch.equal(state.pop("lm_head.weight", embedding), embedding):
         raise ValueError(f"{folder}: tie_word_embeddings is true, but lm_head.weight is not the embedding; "
