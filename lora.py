@@ -31,8 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data.base_model import fingerprint, read_adapter_config, say_other_base
 from data.files import file_hash, read_json, read_tensors, save_tensors, to_json
-from data.prepare import fingerprint, read_adapter_config, say_other_base
 from model import Transformer
 from model import load as load_base
 

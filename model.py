@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data.base_model import read_config, weight_files
 from data.files import read_tensors, save_tensors
-from data.prepare import read_config, weight_files
 
 
 @dataclass

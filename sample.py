@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import matcher as matching
+from data.base_model import ensure_base
 from data.cli import cli, command, ignored, opt, pick_device, typed
 from data.instructions import (
     NEXT_BLOCK,
@@ -28,7 +29,6 @@ from data.instructions import (
     join_ids,
     query_text,
 )
-from data.prepare import ensure_base
 from data.tokenizer import Tokenizer
 from lora import load_tuned
 from model import generate

@@ -40,6 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import matcher as matching
+from data.base_model import ensure_base
 from data.cli import cli, command, join_torchrun, main_process_first, opt, pick_device, run_record
 from data.files import save_json
 from data.instructions import (
@@ -55,7 +56,7 @@ from data.instructions import (
     say_long_answers,
     words,
 )
-from data.prepare import ensure_base, ensure_data, seen_by
+from data.prepare import ensure_data, seen_by
 from data.tokenizer import Tokenizer
 from lora import load_tuned
 from matcher import Matcher, embed, embed_records

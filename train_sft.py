@@ -36,10 +36,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.base_model import ensure_base, fingerprint, hub_name, read_config
 from data.cli import cli, command, ignored, join_torchrun, main_process_first, opt, pick_device, run_record
 from data.files import atomic_write, load_state, save_json, save_state
 from data.instructions import TEMPLATE, Record, collate, length_sorted_batches, read_fitting, training_example
-from data.prepare import ensure_base, ensure_data, fingerprint, hub_name, read_config
+from data.prepare import ensure_data
 from data.tokenizer import Tokenizer
 from lora import add_lora, quantize, save_adapter
 from model import Transformer, load, save

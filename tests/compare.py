@@ -29,10 +29,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this is tests/; the scripts lie above it
 import matcher as matching
+from data.base_model import ensure_base
 from data.cli import cli, ignored, opt, pick_device
 from data.files import lock_folder, read_json, save_json
 from data.instructions import TEMPLATE, Record, query_text, read_records
-from data.prepare import ensure_base, ensure_data, seen_by
+from data.prepare import ensure_data, seen_by
 from data.tokenizer import Tokenizer
 from lora import load_tuned
 from train_rl import Environment, interval, load_queries

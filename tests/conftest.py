@@ -1,7 +1,7 @@
 """What the tests share: tiny random models of each family, the real base model, and texts of our own.
 
 The tiny models are made by transformers in temporary folders; nothing here asks the network, except
-that `base` lets data/prepare.py fetch the base model when data/base is not there yet.
+that `base` lets data/base_model.py fetch the base model when data/base is not there yet.
 """
 import os
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from data import prepare
+from data.base_model import ensure_base
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -109,7 +109,7 @@ def llama(make_folder):
 @pytest.fixture(scope="session")
 def base():
     """The folder of the real base model, fetched and converted if it is not there yet."""
-    return prepare.ensure_base("smollm2")
+    return ensure_base("smollm2")
 
 
 @pytest.fixture(scope="session")

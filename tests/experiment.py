@@ -25,10 +25,11 @@ from compare import LPR, is_wrong, marks_of, plausible_scores
 
 import matcher as matching
 import train_rl
+from data.base_model import ensure_base
 from data.cli import cli, opt, pick_device
 from data.files import open_tensors, save_tensors
 from data.instructions import TEMPLATE, Record
-from data.prepare import ensure_base, ensure_data
+from data.prepare import ensure_data
 from data.tokenizer import Tokenizer
 from lora import load_tuned
 

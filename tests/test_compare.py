@@ -13,7 +13,7 @@ import tiny
 import torch
 
 import train_rl
-from data import prepare
+from data import download, prepare
 from data.cli import run_record
 from data.files import lock_folder, save_json
 from data.instructions import read_records
@@ -188,7 +188,7 @@ def home(tmp_path_factory):
     tiny.trained(home)  # base, sft
     tiny.build(home / "full", seed=3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "DATA", home / "data")
+        patch.setattr(download, "DATA", home / "data")
         for name in ("EVAL_EVERY", "VAL_QUERIES"):
             patch.setattr(train_rl, name, 3)
         for out, pool in (("plain", ""), ("own", str(home / "pool.jsonl"))):
@@ -201,7 +201,7 @@ def home(tmp_path_factory):
 @pytest.fixture
 def run(home, tmp_path, monkeypatch):
     """run(matcher's folder, **changes) -> (the environments, table.json) of one compare.main."""
-    monkeypatch.setattr(prepare, "DATA", home / "data")
+    monkeypatch.setattr(download, "DATA", home / "data")
     monkeypatch.setattr(compare, "FIXED_TRIES", 3)
     monkeypatch.setattr(compare, "RANDOM_SEEDS", 2)
     made = []
@@ -325,7 +325,7 @@ def test_groups_are_what_the_data_has(run, home, tmp_path, monkeypatch, what):
 def test_seen_is_what_that_fine_tuning_saw(home, tmp_path, monkeypatch, capsys):
     """Not what lies in --data now: an own file that has grown has another split, with test records of the old
     training part."""
-    monkeypatch.setattr(prepare, "DATA", home / "data")
+    monkeypatch.setattr(download, "DATA", home / "data")
     first = next((home / "data").glob("own-mine-*"))
     found = {split: read_records(first / f"{split}.jsonl") for split in ("sft", "test")}
     assert prepare.seen_by(home / "sft", "sft", first, {"test": found["test"]}) == {"loud", "tag"}
@@ -335,7 +335,7 @@ def test_seen_is_what_that_fine_tuning_saw(home, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.split("\n")[:-1] == [
         f"({home / 'sft'} was trained on {first}, not on {home / 'data/grown'})",
         f"(3 of 9 rl queries were in the training part of {home / 'sft'}: its answers to them prove nothing)"]
-    monkeypatch.setattr(prepare, "DATA", tmp_path)
+    monkeypatch.setattr(download, "DATA", tmp_path)
     assert prepare.seen_by(home / "sft", "sft", tmp_path / "grown", mixed) == set()
     assert "which is gone: it may have seen these queries" in capsys.readouterr().out
     assert prepare.seen_by(home / "base", "sft", first, mixed) == set() and not capsys.readouterr().out

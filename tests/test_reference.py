@@ -17,7 +17,7 @@ from conftest import pad_rows
 import lora
 import model as llama
 import train_sft
-from data import prepare
+from data import download, prepare
 from data.instructions import collate, join_ids, query_text, read_records, training_example
 from model import generate
 
@@ -147,7 +147,7 @@ def test_lora_on_int8_learns_as_on_the_float_base(base, base_tokenizer, base_mod
     0.5% above the other's. The mean of two seeds, since chance alone makes 0.2 to 0.6% here.
 
     Not int8 means bfloat16 where the machine multiplies that, else float32, on which the bound is as fair."""
-    monkeypatch.setattr(prepare, "DATA", tmp_path)
+    monkeypatch.setattr(download, "DATA", tmp_path)
     (tmp_path / "bigbench").mkdir()
     for name, size in (("sft", 96), ("val", 48)):
         short = [r for r in splits[name] if len(r["instruction"] + r["input"] + r["output"]) < 150][:size]

@@ -19,7 +19,7 @@ from rouge_score.tokenizers import DefaultTokenizer
 import matcher as matching
 import model as llama
 import train_rl
-from data import prepare
+from data import download
 from data.instructions import at_next_block, clean_answer, join_ids, query_text, read_records, words
 from data.tokenizer import Tokenizer
 from train_rl import Environment, Settings, leave_one_out, rouge_l
@@ -374,7 +374,7 @@ TINY = {"adapter": "none", "m": 2, "steps": 3, "queries": 4, "samples": 3, "lr":
 def run(tmp_path, monkeypatch):
     """run(out_dir, **changes of TINY and SMALL) -> what one tiny train_rl.main showed: env, drawn (each
     step's picks) and last (the weights after the last step; the best ones are in the folder)."""
-    monkeypatch.setattr(prepare, "DATA", tmp_path / "data")
+    monkeypatch.setattr(download, "DATA", tmp_path / "data")
     tiny.with_data(tmp_path)
     home = {"base": str(tiny.build(tmp_path / "base", seed=6)), "data": str(tmp_path / "mine.jsonl")}
 

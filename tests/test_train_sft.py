@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import lora
 import model as llama
 import train_sft
-from data import cli, files, prepare
+from data import cli, download, files
 from data.instructions import TEMPLATE, collate, join_ids, query_text, training_example
 from data.tokenizer import Tokenizer
 from train_sft import Settings, answer_loss, deal, marked, micro_batches, plan_steps, related_records
@@ -34,7 +34,7 @@ def base(tmp_path_factory):
 @pytest.fixture
 def run(base, tmp_path, monkeypatch):
     """run(out_dir, **changes): one tiny train_sft.main; 60 records make 30 for sft, 8 steps an epoch."""
-    monkeypatch.setattr(prepare, "DATA", tmp_path / "data")
+    monkeypatch.setattr(download, "DATA", tmp_path / "data")
     monkeypatch.setattr(train_sft, "EVAL_EVERY", 5)
     (tmp_path / "data").mkdir()
     tiny.write_records(tmp_path / "mine.jsonl", tiny.records(60))

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 import lora
 import matcher as matching
 import model as llama
-from data import prepare
+from data import base_model, download, prepare
 from data.instructions import TEMPLATE
 from data.tokenizer import Tokenizer, byte_alphabet
 from model import Config, Transformer
@@ -81,7 +81,7 @@ def with_data(home: Path) -> Path:
     (home / "data").mkdir()
     write_records(home / "mine.jsonl", records(60))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "DATA", home / "data")
+        patch.setattr(download, "DATA", home / "data")
         prepare.ensure_data(str(home / "mine.jsonl"))
     return home
 
@@ -94,7 +94,7 @@ def trained(home: Path) -> tuple[Path, Path, Path]:
     lora.add_lora(model, 2, 4.0, generator=generator)
     for layer in lora.lora_layers(model).values():
         layer.B.data.copy_(0.2 * torch.randn(layer.B.shape, generator=generator))
-    lora.save_adapter(model, home / "sft", str(base), prepare.fingerprint(base), TEMPLATE)
+    lora.save_adapter(model, home / "sft", str(base), base_model.fingerprint(base), TEMPLATE)
     tuned, model_id = lora.load_tuned(base, str(home / "sft"), TEMPLATE, torch.float32, "cpu")
     vectors = matching.embed_records(tuned, Tokenizer(base), POOL)
     matcher = matching.Matcher(vectors, hidden=4, logit_scale=3.0, generator=generator)
@@ -108,7 +108,7 @@ def trained(home: Path) -> tuple[Path, Path, Path]:
 
 def smollm2(home: Path) -> dict:
     """home/smollm2.json with the sizes of a tiny model; returns its config."""
-    facts = json.loads(Path(prepare.__file__).with_name("smollm2.json").read_text("utf-8"))
+    facts = json.loads(Path(base_model.__file__).with_name("smollm2.json").read_text("utf-8"))
     facts["config"] |= {"vocab_size": 9, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
                         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12,
                         "rope_theta": 5000.0}
@@ -124,7 +124,7 @@ def permute(w, heads: int):
 def write_gguf(path: Path, weights: dict | None = None) -> Path:
     """Weights {name: array} of such a model (default: random ones) -> a GGUF file as llama.cpp writes it."""
     import gguf
-    facts = json.loads(Path(prepare.__file__).with_name("smollm2.json").read_text("utf-8"))
+    facts = json.loads(Path(base_model.__file__).with_name("smollm2.json").read_text("utf-8"))
     if weights is None:
         (path.parent / "config.json").write_text(json.dumps(smollm2(path.parent)), encoding="utf-8")
         model = Transformer(Config.read(path.parent))
@@ -150,7 +150,7 @@ def two_processes(script: str, home: Path, flags: dict) -> subprocess.CompletedP
     """torchrun with two processes of train_sft or train_rl, whose data folder is home/data."""
     file = home / "run.py"
     file.write_text(f"import sys, pathlib\nsys.path.insert(0, {str(ROOT)!r})\nimport {script} as script\n"
-                    f"from data import prepare\nprepare.DATA = pathlib.Path({str(home / 'data')!r})\n"
+                    f"from data import download\ndownload.DATA = pathlib.Path({str(home / 'data')!r})\n"
                     "from data import cli\ncli.cli(script.Settings, script.main)\n")
     ended = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--",
