@@ -22,7 +22,6 @@ import json
 import math
 import os
 import random
-import re
 import signal
 import time
 from collections import Counter, defaultdict
@@ -31,15 +30,24 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 
+from data.cli import cli, command, ignored, join_torchrun, main_process_first, opt, pick_device, run_record
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from data.base_model import ensure_base, fingerprint, hub_name, read_config
-from data.cli import cli, command, ignored, join_torchrun, main_process_first, opt, pick_device, run_record
 from data.files import atomic_write, load_state, save_json, save_state
-from data.instructions import TEMPLATE, Record, collate, length_sorted_batches, read_fitting, training_example
+from data.instructions import (
+    TEMPLATE,
+    Record,
+    collate,
+    length_sorted_batches,
+    read_fitting,
+    training_example,
+    words,
+)
 from data.prepare import ensure_data
 from data.tokenizer import Tokenizer
 from lora import add_lora, quantize, save_adapter
@@ -83,17 +91,17 @@ def related_records(records: list[Record]) -> list[list[int]]:
     alone in it, gets the 8 that share most of its rarest words: random ones would teach it to ignore prompts.
     Only 50 holders of a word are looked at, and no two records are compared: 52,002 records take seconds."""
     of_task, holders = defaultdict(list), defaultdict(list)  # task or word -> records
-    words = [set(re.findall(r"\w+", f"{r['instruction']} {r['input']}".lower())) for r in records]
+    asked = [set(words(f"{record['instruction']} {record['input']}")) for record in records]
     for i, record in enumerate(records):
         of_task[record["task"]].append(i)
-        for word in words[i]:
+        for word in asked[i]:
             holders[word].append(i)
     related = []
     for i, record in enumerate(records):
         if record["task"] and len(of_task[record["task"]]) > 1:
             related.append(of_task[record["task"]])
         else:
-            rarest = sorted(words[i], key=lambda word: (len(holders[word]), word))[:8]
+            rarest = sorted(asked[i], key=lambda word: (len(holders[word]), word))[:8]
             shared = Counter(j for word in rarest for j in holders[word][:50] if j != i)
             related.append([j for j, _ in shared.most_common(8)])
     return related

@@ -18,21 +18,21 @@ Letters: N test queries, P prompts, C width of the LLM, m picks, R runs.
 """
 import math
 import random
-import re
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this is tests/; the scripts lie above it
+from data.cli import cli, ignored, opt, pick_device
+
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this is tests/; the scripts lie above it
 import matcher as matching
 from data.base_model import ensure_base
-from data.cli import cli, ignored, opt, pick_device
 from data.files import lock_folder, read_json, save_json
-from data.instructions import TEMPLATE, Record, query_text, read_records
+from data.instructions import TEMPLATE, Record, query_text, read_records, say_long_answers, words
 from data.prepare import ensure_data, seen_by
 from data.tokenizer import Tokenizer
 from lora import load_tuned
@@ -68,14 +68,14 @@ RANDOM_SEEDS, FIXED_TRIES, FIXED_QUERIES = 2, 8, 32  # best fixed: the best of 8
 
 def bm25(queries: list[Record], pool: list[Record], m: int) -> Tensor:
     """The m prompts that share the most telling words with each query (Okapi BM25, k1 1.5, b 0.75). (N, m)"""
-    def words(record: Record) -> Counter:
-        return Counter(re.findall(r"\w+", f"{record['instruction']} {record['input']}".lower()))
-    prompts = [words(p) for p in pool]
+    def count(record: Record) -> Counter:
+        return Counter(words(f"{record['instruction']} {record['input']}"))
+    prompts = [count(p) for p in pool]
     mean = sum(p.total() for p in prompts) / len(pool)
     holders = Counter(word for p in prompts for word in p)  # in how many prompts a word stands
     rarity = {word: math.log(1 + (len(pool) - n + 0.5) / (n + 0.5)) for word, n in holders.items()}
     scores = [[sum(rarity[w] * p[w] * 2.5 / (p[w] + 1.5 * (0.25 + 0.75 * p.total() / mean))
-                   for w in query.keys() & p.keys()) for p in prompts] for query in map(words, queries)]
+                   for w in query.keys() & p.keys()) for p in prompts] for query in map(count, queries)]
     return torch.tensor(scores).topk(m).indices  # of (N, P)
 
 
@@ -127,15 +127,21 @@ def is_wrong(prompt: Record, marks: dict[str, str]) -> bool:
 
 
 def told(test: list[Record], pool: list[Record], marks: dict[str, str], m: int, seed: int) -> dict[str, list]:
-    """What a selector could do that is told each query's task, and which of the pool's answers are wrong."""
+    """What a selector could do that is told each query's task, and which of the pool's answers are wrong. If
+    the pool has too few such prompts, a query gets those; a row without any is left out."""
     rng, prompts = random.Random(seed), {}
     for j, prompt in enumerate(pool):
         prompts.setdefault((prompt["task"], is_wrong(prompt, marks)), []).append(j)
     def drawn(task: str, wrong: bool) -> list[int]:
         found = prompts.get((task, wrong), [])
         return rng.sample(found, min(m, len(found)))
-    return {RIGHT: [[drawn(query["task"], False) for query in test]],
-            WRONG: [[drawn(query["task"], True) for query in test]]}
+    rows = {name: [drawn(query["task"], wrong) for query in test]
+            for name, wrong in ((RIGHT, False), (WRONG, True))}
+    for name, picks in rows.items():
+        if few := sum(len(picked) < m for picked in picks):
+            print(f"({name}: for {few} of {len(test)} queries the pool has fewer than {m} such prompts, for "
+                  f"{picks.count([])} none: they get those)")
+    return {name: [picks] for name, picks in rows.items() if any(picks)}
 
 
 # ---- the table -------------------------------------------------------------------------------------------
@@ -160,8 +166,8 @@ def summarise(picks: dict[str, list], entries: dict[str, list], test: list[Recor
         if marks and picked:
             wrong = [is_wrong(pool[j], marks) for j in picked]
             rows[name]["wrong answer"] = 100 * sum(wrong) / len(wrong)
-        words = [len(e["answer"].split()) for run in runs for e in run]
-        rows[name] |= {"prompt tokens": tokens.mean(), "answer words": sum(words) / len(words)}
+        lengths = [len(e["answer"].split()) for run in runs for e in run]
+        rows[name] |= {"prompt tokens": tokens.mean(), "answer words": sum(lengths) / len(lengths)}
     rows["best of LoRA's"] = {f"ROUGE-L, {g}": 100 * oracle[mask].mean() for g, mask in groups.items()}
     return {name: {key: round(float(x), 2) for key, x in row.items()} for name, row in rows.items()}, rouge
 
@@ -233,6 +239,7 @@ def compare(s: Settings) -> dict:
     room = model.config.max_position_embeddings - s.max_new_tokens
     queries = load_queries(data, tokenizer, room, s.seed)  # the same seed: the same queries as in train_rl.py
     test = queries["test"][:s.test_queries or None]
+    say_long_answers({"test": test}, tokenizer, s.max_new_tokens)
     if s.pool:
         pool = matching.read_pool(s.pool, sum(queries.values(), []))
         matcher.use_pool(matching.embed_records(model, tokenizer, pool),

@@ -7,14 +7,16 @@ import json
 import math
 import random
 
+from data.cli import run_record
+
 import compare
 import pytest
 import tiny
 import torch
 
+import matcher as matching
 import train_rl
 from data import download, prepare
-from data.cli import run_record
 from data.files import lock_folder, save_json
 from data.instructions import read_records
 
@@ -49,6 +51,29 @@ def test_bm25_against_the_formula():
             scores.append(score)
         assert len(set(picked)) == 3
         assert [scores[j] for j in picked] == pytest.approx(sorted(scores, reverse=True)[:3], abs=1e-6)
+
+
+def test_words_of_any_script_count_for_bm25():
+    """Chinese has no blanks: a text that is one word would share nothing with others."""
+    pool = [{"task": "", "instruction": text, "input": "", "output": "x"}
+            for text in ("写一首诗", "今天的天气", "翻译句子")]
+    query = {"task": "", "instruction": "明天天气怎么样", "input": "", "output": "x"}
+    assert compare.bm25([query], pool, 1).tolist() == [[1]]
+
+
+def test_the_plausible_are_told_by_their_neighbours():
+    """LPR by hand: two heaps of five on a circle. An answer is doubtful above the median of its heap (3, 8), so
+    not all of the second heap are."""
+    degrees = torch.tensor([0.0, 4, 8, 12, 16, 180, 184, 188, 192, 196]).deg2rad()
+    points = 2 * torch.stack((degrees.cos(), degrees.sin()), 1).repeat(1, 2)  # (P, E): both parts alike
+    surprise = torch.tensor([1.0, 5, 2, 4, 3, 10, 9, 8, 7, 6])  # of them 5, 4, 10 and 9 are doubtful
+    matcher = matching.Matcher(points, doubts=torch.stack((surprise, torch.zeros(10)), 1))
+    matcher.mean.zero_()
+    matcher.std.fill_(1.0)
+    near = torch.tensor([5.0, 181]).deg2rad()
+    queries = 2 * torch.stack((near.cos(), near.sin()), 1).repeat(1, 2)  # (2, E)
+    assert matcher.act(queries, 3, greedy=True)[0].tolist() == [[1, 2, 0], [5, 6, 7]]  # the nearest
+    assert compare.plausible_scores(matcher, queries).topk(3).indices.tolist() == [[2, 0, 4], [7, 8, 9]]
 
 
 # ---- the table ---------------------------------------------------------------------------------------------
@@ -112,7 +137,7 @@ def test_figures_by_hand():
         "seen tasks": [50, 50, 50], "new tasks": [-20, -20, -20]}}
 
 
-def test_who_is_told_the_task_gets_its_right_or_its_wrong_answers():
+def test_who_is_told_the_task_gets_its_right_or_its_wrong_answers(capsys):
     pool = [{"task": task, "instruction": f"{task} {n}", "input": "", "output": "x"}
             for task in ("loud", "tag") for n in range(4)]
     marks = {compare.query_text(p): "wrong answer: its input" for p in pool[1:4]}  # tag has no wrong one
@@ -121,6 +146,11 @@ def test_who_is_told_the_task_gets_its_right_or_its_wrong_answers():
     assert right[0] == [0] and right[2] == []
     assert all(len(set(p)) == 2 and set(p) <= {4, 5, 6, 7} for p in right[1::3])
     assert all(len(set(p)) == 2 and set(p) <= {1, 2, 3} for p in wrong[::3]) and not any(wrong[1::3])
+    assert capsys.readouterr().out == "".join(
+        f"({row}: for 40 of 60 queries the pool has fewer than 2 such prompts, for {none} none: they get "
+        "those)\n"
+        for row, none in ((compare.RIGHT, 20), (compare.WRONG, 40)))
+    assert list(compare.told([{"task": "tag"}], pool, marks, 2, seed=0)) == [compare.RIGHT]
 
 
 def write_table(folder, scores: dict, rows: dict, queries: list) -> str:
@@ -253,6 +283,7 @@ def test_the_table_agrees_with_train_rls_and_is_repeated_from_the_file(run, home
         shown = capsys.readouterr().out
         assert all(f"| {name} |" in shown for name in rows)
         assert "won / tied / lost to nearest" in shown and "new tasks" not in shown  # there are none
+        assert f"({len(test)} of {len(test)} references are longer than --max_new_tokens 6" in shown
     assert table["pool"] == tiny.records(75)[60:] and {len(p) for p in table["picks"]["learned"]} == {2}
 
 
