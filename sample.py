@@ -14,12 +14,13 @@ it embeds prompts and does not number them. Without --prompt it asks for instruc
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.cli import cli, command, ignored, opt, pick_device, typed
+
 import torch
 from torch import Tensor
 
 import matcher as matching
 from data.base_model import ensure_base
-from data.cli import cli, command, ignored, opt, pick_device, typed
 from data.instructions import (
     NEXT_BLOCK,
     TEMPLATE,

@@ -34,6 +34,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from data.cli import cli, command, join_torchrun, main_process_first, opt, pick_device, run_record
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -41,7 +43,6 @@ from torch import Tensor
 
 import matcher as matching
 from data.base_model import ensure_base
-from data.cli import cli, command, join_torchrun, main_process_first, opt, pick_device, run_record
 from data.files import save_json
 from data.instructions import (
     TEMPLATE,

@@ -9,6 +9,7 @@ import re
 import select
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
@@ -18,18 +19,31 @@ from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
+ROOT = Path(__file__).resolve().parent.parent
 
-from data.files import lock_folder
+
+def stop(*_) -> None:
+    """What Ctrl-C does while torch is loaded, which takes seconds: at once, whatever is half imported."""
+    os.write(2, f"\n{Path(sys.argv[0]).name}: stopped\n".encode())
+    os._exit(130)  # 128 + SIGINT, what a shell expects
+
+
+# Only in a script of ours. A script imports this file before torch.
+own_script = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve().parent in (
+    ROOT, ROOT / "data", ROOT / "tests")
+if own_script and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, stop)
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+from data.files import lock_folder  # noqa: E402
 
 # oneDNN keeps its last 1,024 kernels, and batches of ever new lengths make ever new ones. 64 are enough for
 # one length and halve the peak memory (assets/EXPERIMENTS.md). Both are read at the first matrix product.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 
-
-ROOT = Path(__file__).resolve().parent.parent
 PATHS = ("base", "adapter", "data", "pool", "matcher", "full", "out_dir")  # flags that may name a path
 
 
@@ -122,6 +136,8 @@ def cli(settings: type, main: Callable) -> None:
         if hasattr(stream, "reconfigure"):  # a character that the terminal cannot show must not end a run
             stream.reconfigure(errors="replace")
     s = parse(settings, (sys.modules[main.__module__].__doc__ or "").strip())
+    if signal.getsignal(signal.SIGINT) is stop:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     name = Path(sys.argv[0]).name
     def kept() -> str:
         out = getattr(s, "out_dir", "")
@@ -157,7 +173,7 @@ def cli(settings: type, main: Callable) -> None:
         sys.exit(f"{name}: " + "".join(c if c.isprintable() else "?" for c in text[:600]))
     except KeyboardInterrupt:
         print(f"\n{name}: stopped{kept()}", file=sys.stderr)
-        sys.exit(130)  # 128 + SIGINT, what a shell expects
+        sys.exit(130)
 
 
 def run_record(settings, data: Path, base_id: str) -> dict:

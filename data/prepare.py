@@ -21,9 +21,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # else it looks in data/
 
+from data.cli import cli, command, opt  # noqa: E402
+
 from data import download  # noqa: E402
 from data.base_model import ensure_base  # noqa: E402
-from data.cli import cli, command, opt  # noqa: E402
 from data.files import atomic_replace, read_json, scratch_folder  # noqa: E402
 from data.instructions import FIELDS, read_records  # noqa: E402
 from data.styles import HELD_OUT, KINDS  # noqa: E402

@@ -39,10 +39,12 @@ from string import ascii_lowercase
 from tempfile import TemporaryDirectory
 from textwrap import fill
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # here are tests; model.py, lora.py .. one up
+from data.cli import cli, opt, pick_device
+
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # here are tests; model.py, lora.py .. one up
 os.environ["HF_HUB_OFFLINE"] = "1"  # the peers read local folders, and must not wait for a network
 
 import lora
@@ -52,7 +54,6 @@ import train_rl
 import train_sft
 from data import instructions as text
 from data.base_model import ensure_base, fingerprint
-from data.cli import cli, opt, pick_device
 from data.prepare import ensure_data
 from data.styles import KINDS
 from data.styles import records as house_styles

@@ -17,16 +17,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this is tests/; the scripts lie above it
+from data.cli import cli, opt, pick_device
+
+import torch
 from compare import LPR, is_wrong, marks_of, plausible_scores
+from torch import Tensor
 
 import matcher as matching
 import train_rl
 from data.base_model import ensure_base
-from data.cli import cli, opt, pick_device
 from data.files import open_tensors, save_tensors
 from data.instructions import TEMPLATE, Record
 from data.prepare import ensure_data

@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this is tests/; the scripts lie above it
+from data.cli import cli, opt, pick_device
+
 import matcher as matching
 from data.base_model import ensure_base
-from data.cli import cli, opt, pick_device
 from data.download import DATA
 from data.files import save_json
 from data.instructions import TEMPLATE, Record, read_records

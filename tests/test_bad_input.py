@@ -11,6 +11,8 @@ import sys
 from io import BytesIO
 from pathlib import Path
 
+from data.cli import cli
+
 import compare
 import pytest
 import tiny
@@ -24,7 +26,6 @@ import train_rl
 import train_sft
 from data import base_model, download, prepare
 from data import cli as plumbing
-from data.cli import cli
 from data.files import read_metadata
 
 SCRIPTS = {"train_sft.py": train_sft, "train_rl.py": train_rl, "sample.py": sample, "prepare.py": prepare,

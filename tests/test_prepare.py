@@ -11,6 +11,7 @@ import random
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -766,3 +767,20 @@ def test_script_itself(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("prepare.py: --data nothing.csv is") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", ["train_sft.py", "train_rl.py", "sample.py", "data/prepare.py",
+                                    "tests/compare.py", "tests/own_pool.py", "tests/experiment.py"])
+def test_ctrl_c_while_torch_is_loaded(script):
+    """The loading takes seconds. Python tells on stderr (-X importtime) when a part of torch is there."""
+    run = subprocess.Popen([sys.executable, "-X", "importtime", tiny.ROOT / script], text=True,
+                           stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                           # a background job of a shell ignores it, and so would the script
+                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    for line in run.stderr:
+        if " torch." in line:
+            run.send_signal(signal.SIGINT)
+            break
+    rest = run.stderr.read()
+    assert run.wait() == 130 and "Traceback" not in rest and "Exception ignored" not in rest
+    assert rest.splitlines()[-1] == f"{Path(script).name}: stopped"
