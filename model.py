@@ -317,3 +317,6 @@ def save(model: Transformer, folder: str | Path, base: str | Path) -> None:
                   for name, tensor in model.state_dict().items()},
                  Path(folder, "model.safetensors"), {"format": "pt"},
                  {name: Path(base, name).read_bytes() for name in names if Path(base, name).exists()})
+    if (index := Path(folder, "model.safetensors.index.json")).exists():  # others read its shards first
+        index.unlink()
+        print(f"({index}: removed, since it names older weights)")

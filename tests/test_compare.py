@@ -62,8 +62,8 @@ def test_words_of_any_script_count_for_bm25():
 
 
 def test_the_plausible_are_told_by_their_neighbours():
-    """LPR by hand: two heaps of five on a circle. An answer is doubtful above the median of its heap (3, 8), so
-    not all of the second heap are."""
+    """LPR by hand: two heaps of five on a circle. Doubtful is an answer above its own heap's median (3, 8):
+    not all of the second heap."""
     degrees = torch.tensor([0.0, 4, 8, 12, 16, 180, 184, 188, 192, 196]).deg2rad()
     points = 2 * torch.stack((degrees.cos(), degrees.sin()), 1).repeat(1, 2)  # (P, E): both parts alike
     surprise = torch.tensor([1.0, 5, 2, 4, 3, 10, 9, 8, 7, 6])  # of them 5, 4, 10 and 9 are doubtful
