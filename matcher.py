@@ -255,7 +255,8 @@ def load(folder: str | Path, model_id: str) -> tuple[Matcher, list[Record], int]
     """(matcher, its pool, m). ValueError if it was trained on another model's embeddings."""
     file, weights = Path(folder, "matcher.json"), Path(folder, "matcher.safetensors")
     if not file.exists():
-        raise FileNotFoundError(f"{file} is missing; run python train_rl.py first.")
+        raise FileNotFoundError(f"{file} is missing; run python train_rl.py first, with --out_dir {folder} "
+                                "and this --base and --adapter.")
     kinds = {"m": int, "hidden": int, "width": int, "logit_scale": float, "candidates": int,
              "shares": list, "model_id": str, "pool": list}
     raw = read_json(file, **kinds)

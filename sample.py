@@ -93,7 +93,7 @@ def main(s: Settings) -> None:
         raise ValueError(f"--top_p {s.top_p} must be at most 1.")
     if s.input and not s.prompt.strip():
         raise ValueError("--input is given without --prompt; give both, or neither and type them.")
-    ignored(s, "with --no_match", *["pool", "m"] * s.no_match)
+    ignored(s, "with --no_match", *["pool", "m", "matcher"] * s.no_match)
     ignored(s, "at --temperature 0", *["top_k", "top_p"] * (s.temperature == 0))
 
     # what has been trained so far

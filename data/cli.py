@@ -3,6 +3,7 @@
 A script has one dataclass of settings, whose fields are made by `opt`, and a function main(settings); it ends
 with cli(Settings, main). Nothing of the method lives here.
 """
+import atexit
 import dataclasses
 import os
 import re
@@ -28,11 +29,22 @@ def stop(*_) -> None:
     os._exit(130)  # 128 + SIGINT, what a shell expects
 
 
+def let_go() -> None:
+    """`| head`: whoever reads stdout has seen enough, also of --help. Python would complain at its end."""
+    try:
+        sys.stdout.flush()
+    except (OSError, AttributeError):  # None: there is no stdout
+        with suppress(OSError, AttributeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 # Only in a script of ours. A script imports this file before torch.
 own_script = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve().parent in (
     ROOT, ROOT / "data", ROOT / "tests")
-if own_script and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, stop)
+if own_script:
+    atexit.register(let_go)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, stop)
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
@@ -44,7 +56,7 @@ from data.files import lock_folder  # noqa: E402
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 
-PATHS = ("base", "adapter", "data", "pool", "matcher", "full", "out_dir")  # flags that may name a path
+PATHS = ("base", "adapter", "data", "pool", "queries", "matcher", "full", "out_dir")  # may name a path
 
 
 # ---- settings and errors ---------------------------------------------------------------------------------
@@ -107,8 +119,8 @@ def ignored(s, when: str, *names: str) -> None:
 
 def typed() -> Iterator[tuple[str, str]]:
     """(instruction, input) as a user types them, until an empty instruction; of a pipe each line is one."""
-    if not sys.stdin.isatty():
-        yield from ((line.strip(), "") for line in sys.stdin if line.strip())
+    if not sys.stdin or not sys.stdin.isatty():
+        yield from ((line.strip(), "") for line in sys.stdin or () if line.strip())
         return
     def read(prompt: str) -> str:
         """A line, or all lines of a text that was pasted."""
@@ -153,10 +165,10 @@ def cli(settings: type, main: Callable) -> None:
         out = getattr(s, "out_dir", "")
         with lock_folder(Path(out)) if out and os.environ.get("RANK", "0") == "0" else nullcontext():
             main(s)
-        sys.stdout.flush()
+        if sys.stdout:
+            sys.stdout.flush()
     except BrokenPipeError:  # `| head`: whoever reads has seen enough
-        with suppress(OSError):  # or Python would complain at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        let_go()
         sys.exit(141)  # 128 + SIGPIPE
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         text = " ".join(str(error).split())

@@ -83,8 +83,8 @@ def fetch(source: str, what: str, digest: str | None = None, folder: str = "") -
                     raise OSError(f"it broke off with {response.length:,} bytes to come")
         except (OSError, HTTPException, subprocess.CalledProcessError) as error:
             code, page = getattr(error, "code", None), source.split("/resolve/")[0]
-            remedy = (f"accept the licence on {page} and set HF_TOKEN to a token of yours, or give --base a "
-                      "folder with a copy") if code in (401, 403) else "fix that"
+            remedy = (f"check its name; accept the licence on {page} and set HF_TOKEN to a token of yours, "
+                      "or give --base a folder with a copy") if code in (401, 403) else "fix that"
             kind = FileNotFoundError if code == 404 else OSError
             raise kind(f"{source}: {error}; {remedy}, or put the file there by hand: {path}") from None
         if digest and (found := sha256(part.read_bytes()).hexdigest()) != digest:

@@ -184,6 +184,20 @@ def training_example(tokenizer: Tokenizer, records: Sequence[Record],
     return ids, targets
 
 
+def say_cut_samples(samples: Sequence[Sequence[int]], lengths: Sequence[int], between: int,
+                    max_length: int) -> None:
+    """Says how many records training_example will leave out. lengths: each record's own; between: what two in
+    a row add to that (BLOCK_END, less a second bos)."""
+    cut = 0
+    for sample in samples:
+        total = sum(lengths[i] for i in sample) + between * (len(sample) - 1)
+        for i in sample[:-1]:
+            cut, total = cut + (total > max_length), total - (lengths[i] + between) * (total > max_length)
+    if cut:
+        print(f"({cut} of {sum(map(len, samples))} places in the samples are left out: a sample has at most "
+              f"{max_length} tokens; lower --shots)")
+
+
 def clean_answer(tokenizer: Tokenizer, ids: list[int]) -> str:
     """Generated ids -> the answer: what stands before an end token and before the template's next block."""
     end = next((i for i, token in enumerate(ids) if token in tokenizer.ends), len(ids))

@@ -244,14 +244,16 @@ def compare(s: Settings) -> dict:
         pool = matching.read_pool(s.pool, sum(queries.values(), []))
         matcher.use_pool(matching.embed_records(model, tokenizer, pool),
                          matching.doubts(model, tokenizer, pool))
-    if len(pool) < m or {query_text(p) for p in pool} & {query_text(q) for q in test}:
-        raise ValueError(f"{s.pool or s.matcher}: the pool has under {m} prompts, or some ask what test "
-                         "queries ask; name another --pool.")
+    asked = {query_text(query) for query in test}
+    if len(pool) <= m or any(query_text(prompt) in asked for prompt in pool):
+        raise ValueError(f"{s.pool or s.matcher}: {len(pool)} prompts are too few to choose {m}, or some ask "
+                         "what test queries ask; name another --pool.")
     env = Environment(model, tokenizer, pool, s.max_new_tokens, f"{model_id} {dtype}", file)
     print(f"pool of {len(pool)} prompts, m = {m}; {len(env.known)} rewards known from earlier runs")
     embedded = matching.embed_records(model, tokenizer, test)  # (N, E)
     picks = choose(env, matcher, embedded, test, queries["val"], m, s.seed)
     envs, entries, marks = {}, {}, marks_of(data)
+    ignored(s, "as there is no such folder", *["full"] * (s.full != "" and not Path(s.full).is_dir()))
     if marks:
         picks |= told(test, pool, marks, m, s.seed)
     for llm, folder, selectors in (("base", base if s.adapter != "none" else "", ("no prompt",)),
@@ -273,6 +275,8 @@ def compare(s: Settings) -> dict:
     groups = {kind: torch.tensor([k == kind for k in kinds]) for kind in sorted(set(kinds), reverse=True)}
     for mark in sorted({marks[query_text(query)] for query in test} if marks else ()):
         groups[mark] = torch.tensor([marks[query_text(query)] == mark for query in test])
+    if few := [f"{int(mask.sum())} of {name}" for name, mask in groups.items() if mask.sum() < 30]:
+        print(f"(few queries, whose intervals say little: {', '.join(few)})")
     rows, rouge = summarise(picks, entries, test, pool, groups, marks)
     runs = {name: score[None] for name, score in rouge.items()}  # (1, N)
     return {"settings": asdict(s), "rows": rows, "queries": test, "pool": pool,

@@ -293,7 +293,7 @@ TABLE = {  # what it is: (command, damage, what the sentence must say)
     "empty pool": (RL + POOL, content("pool.jsonl", "\n"), "pool.jsonl: no record"),
     "pool smaller than m": (RL + POOL + "--m 2", with_pool(PLAIN), "1 prompts are too few to choose 2"),
     "pool of twins, smaller than m": (RL + POOL + "--m 2", with_pool(PLAIN, PLAIN), "1 prompts are too few"),
-    "pool of m prompts": (RL + POOL, with_pool(PLAIN), "1 prompts are too few to choose 1; lower"),
+    "pool of m prompts": (RL + POOL, with_pool(PLAIN), "too few to choose 1; give at least 2 with --pool."),
     "broken pool": (ASK + POOL, content("pool.jsonl", b"\n{"), "pool.jsonl:2: not valid JSON"),
     "no such pool": (ASK + POOL, nothing, "pool.jsonl is not a file; give"),
     # ---- model: weights

@@ -86,6 +86,7 @@ def test_an_interval_is_a_bootstraps():
     assert mean == pytest.approx(100 * gaps.mean().item(), abs=0.01)
     assert [mean - low, high - mean] == pytest.approx([1.96 * error] * 2, rel=0.08)
     assert compare.interval_over_runs(gaps[None]) == [mean, low, high]
+    assert train_rl.interval(torch.tensor([0.4])) == [40, -100, 100]  # one query says nothing about others
 
 
 def test_an_interval_over_runs_draws_runs_and_queries():
@@ -128,7 +129,7 @@ def test_figures_by_hand():
     assert "wrong answer" not in rows["random"] and rows["best of LoRA's"] == {
         "ROUGE-L, seen tasks": 100, "ROUGE-L, new tasks": 20}
     gaps = compare.differences({name: score[None] for name, score in rouge.items()}, groups)
-    assert gaps["random"]["new tasks minus nearest"] == [-90, -90, -90]
+    assert gaps["random"]["new tasks minus nearest"] == [-90, -100, 100]  # of one query
     assert gaps["nearest"]["seen tasks minus no prompt"][0] == 50
     assert [gap["won / tied / lost to nearest"] for gap in gaps.values()] == [
         "0 / 1 / 2", "1 / 0 / 2", "0 / 3 / 0", "1 / 2 / 0"]
@@ -283,15 +284,24 @@ def test_the_table_agrees_with_train_rls_and_is_repeated_from_the_file(run, home
         shown = capsys.readouterr().out
         assert all(f"| {name} |" in shown for name in rows)
         assert "won / tied / lost to nearest" in shown and "new tasks" not in shown  # there are none
+        assert f"(few queries, whose intervals say little: {len(test)} of seen tasks)" in shown
         assert f"({len(test)} of {len(test)} references are longer than --max_new_tokens 6" in shown
     assert table["pool"] == tiny.records(75)[60:] and {len(p) for p in table["picks"]["learned"]} == {2}
 
 
-def test_another_pool_replaces_the_matchers(run, home, tmp_path):
+def test_a_pool_without_a_choice_is_refused(run, tmp_path):
+    pool = tiny.write_records(tmp_path / "two.jsonl", tiny.records(62)[60:])  # m = 2
+    with pytest.raises(ValueError, match="two.jsonl: 2 prompts are too few to choose 2"):
+        run("plain", pool=str(pool))
+
+
+def test_another_pool_replaces_the_matchers(run, home, tmp_path, capsys):
     """And a prompt that asks what a query asks is dropped from it (trap 11)."""
     test = read_records(next((home / "data").glob("own-*")) / "test.jsonl")
     other = tiny.write_records(tmp_path / "other.jsonl", [*test[:3], *tiny.records(90)[75:]])
-    envs, table = run("plain", pool=str(other))
+    capsys.readouterr()
+    envs, table = run("plain", pool=str(other), full="gone")
+    assert "(--full: without effect as there is no such folder)\n" in capsys.readouterr().out
     assert envs[0].pool == table["pool"] == tiny.records(90)[75:] and envs[0].computed > 0
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from data.instructions import (
+    BLOCK_END,
     at_next_block,
     check_record,
     clean_answer,
@@ -19,6 +20,7 @@ from data.instructions import (
     query_text,
     read_fitting,
     read_records,
+    say_cut_samples,
     say_long_answers,
     training_example,
 )
@@ -258,6 +260,22 @@ def test_references_that_no_answer_can_reach_are_said(capsys):
                                        "reach them)\n")
     say_long_answers(queries, Bytes(), 6)
     assert capsys.readouterr().out == ""
+
+
+def test_records_that_do_not_fit_in_a_sample_are_counted(capsys):
+    """As many as training_example leaves out."""
+    records = [record("x", "a" * n) for n in (5, 9, 30)]
+    lengths = [len(training_example(Bytes(), [r], 999)[0]) for r in records]
+    last_two = len(training_example(Bytes(), records[1:], 999)[0])
+    samples, between = [[0, 1, 2], [1, 2], [2]], len(BLOCK_END) - 1  # 1: BOS
+    for n, limit in ((0, 999), (1, last_two), (3, last_two - 1)):
+        left = [training_example(Bytes(), [records[i] for i in sample], limit)[1].count(Bytes.eos)
+                for sample in samples]
+        assert n == sum(map(len, samples)) - sum(left)
+        say_cut_samples(samples, lengths, between, limit)
+        said = (f"({n} of 6 places in the samples are left out: a sample has at most {limit} tokens; lower "
+                "--shots)\n")
+        assert capsys.readouterr().out == (said if n else "")
 
 
 def test_missing_file(tmp_path):

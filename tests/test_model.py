@@ -282,11 +282,16 @@ def test_load_keeps_no_hold_of_the_file(copied):
     {"model_type": "qwen2", "sliding_window": 512, "use_sliding_window": False},  # Qwen2 files are like this
     {"model_type": "qwen3", "sliding_window": 512, "use_sliding_window": True,
      "layer_types": ["full_attention"] * 2},
+    # before there were layer_types: windows from a layer on, here behind the last of two
+    {"model_type": "qwen2", "sliding_window": 512, "use_sliding_window": True, "max_window_layers": 2},
     {"model_type": "mistral", "sliding_window": None}])
 def test_window_that_is_off_is_taken(copied, changes):
     """Many files name a window that no layer uses. A window that one layer uses is refused."""
     assert Config.read(edited(copied, **changes))
     used = {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]}
+    with pytest.raises(ValueError, match="config.json: sliding_window = 512 is not supported"):
+        Config.read(edited(copied, sliding_window=512, **used))
+    used = {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1, "layer_types": None}
     with pytest.raises(ValueError, match="config.json: sliding_window = 512 is not supported"):
         Config.read(edited(copied, sliding_window=512, **used))
 

@@ -693,6 +693,18 @@ def test_cli_closed_pipe_ends_quietly(monkeypatch, tmp_path):
         assert exit.value.code == 141
 
 
+@pytest.mark.parametrize("script, status", [("sample.py --help", 0), ("data/prepare.py --data gone", 1)])
+def test_a_closed_pipe_at_the_end_is_quiet(tmp_path, script, status):
+    """`sample.py --help | head -0`; without stdin, too. What is wrong is still said."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    name, *flags = script.split()
+    done = subprocess.run([sys.executable, tiny.ROOT / name, *flags], cwd=tmp_path, stdout=writer,
+                          stderr=subprocess.PIPE, text=True, preexec_fn=lambda: os.close(0))
+    os.close(writer)
+    assert done.returncode == status and done.stderr.count("\n") == status
+
+
 def test_cli_any_text_on_any_terminal(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw := io.BytesIO(), encoding="ascii"))

@@ -47,7 +47,8 @@ def run(made, capsys, monkeypatch):
     settings |= {key: str(folder) for key, folder in zip(("base", "adapter", "matcher"), made, strict=True)}
     def go(**changes):
         capsys.readouterr()
-        sample.main(Settings(**settings | changes))
+        unused = {"matcher": Settings.matcher} if changes.get("no_match") else {}  # or a line would say so
+        sample.main(Settings(**settings | unused | changes))
         return capsys.readouterr().out
     return go
 
@@ -221,7 +222,8 @@ def test_a_pipe_is_answered_line_by_line(run, monkeypatch):
 def test_flags_without_effect_are_said(run, tmp_path):
     file = str(tiny.write_records(tmp_path / "pool.jsonl", POOL[:3]))
     assert run(pool=file, m=5).count("(m = 5, but the pool has 3 prompts: all are taken)\n") == 1
-    assert "(--pool, --m: without effect with --no_match)\n" in run(pool="nope", m=5, no_match=True)
+    assert "(--matcher, --pool, --m: without effect with --no_match)\n" in run(
+        matcher="nope", pool="nope", m=5, no_match=True)
     assert "(--top_k, --top_p: without effect at --temperature 0)\n" in run(top_k=3, top_p=0.5)
     assert "(--m: without effect without a matcher or --pool)\n" in run(matcher="none", m=2)
     with pytest.raises(ValueError, match="--input is given without --prompt; give both"):

@@ -487,7 +487,7 @@ def test_a_query_never_gets_itself(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("left, changes, words", [
-    (2, {}, "pool.jsonl: 2 prompts are too few to choose 2; lower --m"),  # no choice is left either
+    (2, {}, "pool.jsonl: 2 prompts are too few to choose 2; give at least 3 with --pool, or lower --m"),
     (9, {"m": 4, "candidates": 4}, "--candidates 4 must be above --m 4: else there is no choice"),
 ])
 def test_a_policy_without_a_choice_is_refused(run, tmp_path, left, changes, words):
