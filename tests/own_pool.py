@@ -67,12 +67,13 @@ def main(s: Settings) -> None:
     vectors = matching.embed_records(model, tokenizer, queries)  # (N, E)
     prompts = matching.embed_records(model, tokenizer, pool)  # (P, E)
     picks = {"no prompt": [[] for _ in queries]}
-    picks |= {f"{m} nearest": matching.nearest(vectors, prompts, m).tolist() for m in (1, 2)}
+    sizes = (1, 2)[:len(pool)]
+    picks |= {f"{m} nearest": matching.nearest(vectors, prompts, m).tolist() for m in sizes}
     if s.matcher != "none":
         matcher, _, _ = matching.load(s.matcher, model_id)
         matcher.use_pool(prompts, matching.doubts(model, tokenizer, pool))
         with torch.no_grad():
-            picks |= {f"{m} learned": matcher.act(vectors, m, greedy=True)[0].tolist() for m in (1, 2)}
+            picks |= {f"{m} learned": matcher.act(vectors, m, greedy=True)[0].tolist() for m in sizes}
     picks |= {f"{m} of the kind": of_kind(queries, pool, m) for m in (1, 2, 3)}
     print("| prompts | all: right, ROUGE-L | kinds like data/styles.py's | other kinds |\n|---|---|---|---|")
     rows, answers, rouge = {}, [], {}
@@ -86,13 +87,13 @@ def main(s: Settings) -> None:
         answers.append([e["answer"] for e in entries])
         rouge[name] = torch.tensor([e["rouge"] for e in entries])  # (N)
     gaps = {f"{m} learned minus {m} nearest": interval(rouge[f"{m} learned"] - rouge[f"{m} nearest"])
-            for m in (1, 2) if f"{m} learned" in rouge}
+            for m in sizes if f"{m} learned" in rouge}
     for name, gap in gaps.items():
         print("{}, ROUGE-L with its 95% interval: {:+.1f} [{:+.1f}, {:+.1f}]".format(name, *gap))
     for i, query in enumerate(queries):
         print(f"\n{query['task']}: {query['instruction']} | {query['input']} -> {query['output']}")
         for name, of_way in zip(picks, answers, strict=True):
-            print(f"  {'right' if of_way[i] == query['output'] else 'wrong'}, {name}: {of_way[i]}")
+            print(f"  {'right' if of_way[i] == query['output'].strip() else 'wrong'}, {name}: {of_way[i]}")
     save_json({"adapter": s.adapter, "rows": rows, "gaps": gaps}, Path(s.out_dir, "own_pool.json"))
 
 
