@@ -19,11 +19,12 @@ from matplotlib.patches import FancyBboxPatch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this is tests/; the scripts lie above it
+from data.cli import cli, opt
+
 import experiment
 from compare import LPR, RIGHT
 
 import train_rl
-from data.cli import cli, opt
 from data.files import read_json
 from data.prepare import TASKS
 
