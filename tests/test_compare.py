@@ -135,7 +135,7 @@ def test_figures_by_hand():
         "0 / 1 / 2", "1 / 0 / 2", "0 / 3 / 0", "1 / 2 / 0"]
     scores = {"learned": torch.tensor([[0.5, 1.0, 0.0]]), compare.LPR: torch.tensor([[0.0, 0.5, 0.2]])}
     assert compare.pairs(scores, groups) == {f"learned minus {compare.LPR}": {
-        "seen tasks": [50, 50, 50], "new tasks": [-20, -20, -20]}}
+        "seen tasks": [50, 50, 50], "new tasks": [-20, -100, 100]}}  # of one query
 
 
 def test_who_is_told_the_task_gets_its_right_or_its_wrong_answers(capsys):
