@@ -13,16 +13,15 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from matplotlib import pyplot
-from matplotlib.patches import FancyBboxPatch
-from torch import Tensor
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this is tests/; the scripts lie above it
 from data.cli import cli, opt
 
 import experiment
+import torch
 from compare import LPR, RIGHT
+from matplotlib import pyplot
+from matplotlib.patches import FancyBboxPatch
+from torch import Tensor
 
 import train_rl
 from data.files import read_json

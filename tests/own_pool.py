@@ -15,10 +15,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this is tests/; the scripts lie above it
 from data.cli import cli, opt, pick_device
+
+import torch
 
 import matcher as matching
 from data.base_model import ensure_base

@@ -782,7 +782,8 @@ def test_script_itself(tmp_path):
 
 
 @pytest.mark.parametrize("script", ["train_sft.py", "train_rl.py", "sample.py", "data/prepare.py",
-                                    "tests/compare.py", "tests/own_pool.py", "tests/experiment.py"])
+                                    "tests/compare.py", "tests/own_pool.py", "tests/experiment.py",
+                                    "tests/figures.py"])
 def test_ctrl_c_while_torch_is_loaded(script):
     """The loading takes seconds. Python tells on stderr (-X importtime) when a part of torch is there."""
     run = subprocess.Popen([sys.executable, "-X", "importtime", tiny.ROOT / script], text=True,
