@@ -37,7 +37,7 @@ from model import generate
 
 @dataclass
 class Settings:
-    prompt: str = opt("", "the instruction; empty: ask for one after the other")
+    prompt: str = opt("", "the instruction; empty: ask for them; each line of a pipe is an instruction")
     input: str = opt("", "the text that the instruction is about, if it needs one")
     base: str = opt("smollm2", "base model: smollm2, a Hugging Face folder, or owner/name on the hub")
     adapter: str = opt("out/sft", "folder of the LoRA adapter, or none for the bare base")
@@ -109,10 +109,11 @@ def main(s: Settings) -> None:
     if not s.no_match and Path(s.matcher, "matcher.json").exists():
         matcher, pool, m = matching.load(s.matcher, model_id)  # with the pool it was trained on
     elif not s.no_match:
-        print(f"(no matcher in {s.matcher}: " + ("the nearest prompts of the pool are taken" if s.pool else
-              "no prompts are matched") + "; to train one, run "
-              + command("train_rl.py", s, "base adapter pool device",
-                        **{} if s.matcher == "none" else {"out_dir": s.matcher}) + ")")
+        print(("(--matcher none: " if s.matcher == "none" else f"(no matcher in {s.matcher}: ")
+              + ("the nearest prompts of the pool are taken" if s.pool else "no prompts are matched")
+              + ("" if s.matcher == "none" else "; to train one, run " + command(
+                  "train_rl.py", s, "base adapter pool device", out_dir=s.matcher)) + ")")
+    trained = matcher is not None
     if s.pool and not s.no_match:
         pool = matching.read_pool(s.pool)
         vectors = matching.embed_records(model, tokenizer, pool)  # (P, E)
@@ -134,7 +135,8 @@ def main(s: Settings) -> None:
             prompts = [pool[j] for j in picks[0].tolist()]
             # the policy's probability at this step, not a confidence in the answer
             for p, share in zip(prompts, log_probs[0].exp().tolist(), strict=True):
-                print(f"matched ({share:.0%}): {p['instruction']} | {p['input']} -> {p['output']}")
+                print(f"matched with probability {share:.0%}" if trained else "nearest", end=": ")
+                print(f"{p['instruction']} | {p['input']} -> {p['output']}")
         ids, kept = join_ids(tokenizer, prompts, tokenizer.encode(query_text(query)),
                              model.config.max_position_embeddings - s.max_new_tokens)
         if kept < len(prompts):

@@ -34,7 +34,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data.cli import cli, command, ignored, join_torchrun, main_process_first, opt, pick_device, run_record
+from data.cli import (
+    cli,
+    command,
+    ignored,
+    join_torchrun,
+    main_process_first,
+    opt,
+    pick_device,
+    run_record,
+    say_replaced,
+)
 
 import torch
 import torch.distributed as dist
@@ -299,7 +309,7 @@ def audit(matcher: Matcher, pool: list[Record], draws: list[tuple[Tensor, Tensor
 
     `usefulness` is what the policy adds to the prompt's score, `tried` how often it was drawn, `gain` the
     mean advantage of those episodes: by how many points they were better than the query's other episodes.
-    The order is by usefulness plus the gain over its standard error.
+    `score` is the order: usefulness plus the gain over its standard error.
     """
     picks = torch.cat([p for p, _ in draws])  # (N, m): all episodes of the run
     advantages = torch.cat([a for _, a in draws])[:, None].expand_as(picks)  # (N, m)
@@ -307,11 +317,11 @@ def audit(matcher: Matcher, pool: list[Record], draws: list[tuple[Tensor, Tensor
     tried.index_add_(0, picks.flatten(), torch.ones(picks.numel()))
     gain.index_add_(0, picks.flatten(), advantages.flatten())
     gain, usefulness = gain / tried.clamp(min=1), matcher.usefulness()
-    order = (usefulness + gain * tried.sqrt() / advantages.std()).argsort().tolist()
-    columns = (usefulness, tried, 100 * gain, matcher.doubts[:, 0])
-    found = [p | {"usefulness": round(u, 3), "tried": int(n), "gain": round(g, 1), "surprise": round(x, 3)}
-             for p, u, n, g, x in zip(pool, *(column.tolist() for column in columns), strict=True)]
-    return [found[j] for j in order]
+    score = usefulness + gain * tried.sqrt() / advantages.std()  # (P)
+    columns = {"score": score, "usefulness": usefulness, "tried": tried, "gain": 100 * gain,
+               "surprise": matcher.doubts[:, 0]}
+    return [pool[j] | {name: round(column[j].item(), 3) for name, column in columns.items()}
+            for j in score.argsort().tolist()]
 
 
 # ---- the run ---------------------------------------------------------------------------------------------
@@ -329,6 +339,8 @@ def main(s: Settings) -> None:
     out = Path(s.out_dir)
     device, dtype = pick_device(s.device, s.dtype)
     rank, world, device = join_torchrun(device)
+    if rank == 0:
+        say_replaced(s, "base", "adapter", "data", "pool")
     if s.candidates <= s.m:
         raise ValueError(f"--candidates {s.candidates} must be above --m {s.m}: else there is no choice.")
 
@@ -363,6 +375,7 @@ def main(s: Settings) -> None:
     def reward_fn(split: str, rows: list[int], picks: Tensor) -> Tensor:
         return env.rewards([queries[split][row] for row in rows], picks.tolist())
     draws = []
+    print(f"answering {len(queries['val'])} validation queries with the nearest prompts", flush=True)
     for metrics in reinforce(matcher, vectors, reward_fn, s):
         step, seconds = metrics["step"], time.time() - began
         draws += [(metrics.pop("picks"), metrics.pop("advantages"))] if step else []
@@ -370,13 +383,15 @@ def main(s: Settings) -> None:
         log.write(json.dumps({key: round(value, 5) for key, value in metrics.items()}) + "\n")
         log.flush()
         if step == 0:
-            print(f"step 0: nearest neighbours, validation reward {metrics['val_reward']:.4f}", flush=True)
+            print(f"step 0: nearest neighbours, validation reward {100 * metrics['val_reward']:.1f} of 100",
+                  flush=True)
         else:
             left = seconds / step * (s.steps - step) / 60
-            print(f"step {step}/{s.steps}  reward {metrics['reward']:.3f}  entropy {metrics['entropy']:.2f} "
-                  f"(1: uniform)  {metrics['distinct']} different picks, top one {metrics['top_share']:.0%}  "
+            print(f"step {step}/{s.steps}  reward {100 * metrics['reward']:.1f}  "
+                  f"entropy {metrics['entropy']:.2f} (1: uniform)  {metrics['distinct']} different picks, "
+                  f"the most frequent in {metrics['top_share']:.0%}  "
                   f"{env.computed / seconds:.1f} answers/s  {left:.1f} min left"
-                  + (f"  validation {metrics['val_reward']:.4f}" if "val_reward" in metrics else ""),
+                  + (f"  validation {100 * metrics['val_reward']:.1f}" if "val_reward" in metrics else ""),
                   flush=True)
         if metrics.get("val_reward", -1.0) > best:
             best, kept = metrics["val_reward"], copy.deepcopy(matcher.state_dict())
@@ -411,11 +426,11 @@ def main(s: Settings) -> None:
         gap = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*rows[name]["minus nearest"]) if name != "nearest" else ""
         print(f"| {name} | {rows[name]['rouge']:.1f} | {rows[name]['exact']:.1f} | {gap} |")
     harmful = [entry for entry in audited if entry["gain"] < 0 or not entry["tried"]]  # no other harmed yet
-    print("\nprompts that seem to do harm, worst first (all in pool.json); are their answers right?"
+    print("\nprompts that seem to do harm, worst first (all in pool.json); check their answers:"
           if harmful else "\nno prompt seems to do harm (pool.json)")
     for entry in harmful[:5]:
-        print(f"  tried {entry['tried']} times, {entry['gain']:+.1f} points against other picks: "
-              f"{entry['instruction']} | {entry['input']} -> {entry['output']}")
+        print(f"  tried {entry['tried']:.0f} times, mean reward {entry['gain']:+.1f} against the queries' "
+              f"other picks: {entry['instruction']} | {entry['input']} -> {entry['output']}")
     if rank == 0:
         save_json({"settings": asdict(s), "rows": rows}, out / "table.json")
     print(f"\nsaved in {out}. next: {command('sample.py', s, 'base adapter device', matcher=s.out_dir)} "

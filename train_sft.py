@@ -30,7 +30,17 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 
-from data.cli import cli, command, ignored, join_torchrun, main_process_first, opt, pick_device, run_record
+from data.cli import (
+    cli,
+    command,
+    ignored,
+    join_torchrun,
+    main_process_first,
+    opt,
+    pick_device,
+    run_record,
+    say_replaced,
+)
 
 import torch
 import torch.distributed as dist
@@ -193,6 +203,8 @@ def main(s: Settings) -> None:
     out = Path(s.out_dir)
     device, dtype = pick_device(s.device, s.dtype)
     rank, world, device = join_torchrun(device)
+    if rank == 0 and not s.resume:
+        say_replaced(s, "base", "data", "full")
     ignored(s, "with --full", *["r", "alpha", "no_int8"] * s.full)
 
     # data: records -> examples with masks
@@ -337,6 +349,8 @@ def main(s: Settings) -> None:
             signal.signal(sig, handler)
     tuned = {"base": s.out_dir, "adapter": "none", "out_dir": "out/rl_full"} if s.full else {
         "adapter": s.out_dir}
+    if steps < schedule:
+        print(f"(stopped by --max_steps after {steps} of {schedule} steps; --resume goes on)")
     print(f"saved in {out}. next: " + command("train_rl.py", s, "base data seed device dtype", **tuned))
 
 

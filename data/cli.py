@@ -49,7 +49,7 @@ if own_script:
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from data.files import lock_folder  # noqa: E402
+from data.files import lock_folder, read_json  # noqa: E402
 
 # oneDNN keeps its last 1,024 kernels, and batches of ever new lengths make ever new ones. 64 are enough for
 # one length and halve the peak memory (assets/EXPERIMENTS.md). Both are read at the first matrix product.
@@ -200,6 +200,16 @@ def run_record(settings, data: Path, base_id: str) -> dict:
                 name: version(name) for name in ("torch", "safetensors", "tiktoken", "numpy")},
             "data": {file.name: sha256(file.read_bytes()).hexdigest()
                      for file in sorted(data.glob("*.jsonl"))}}
+
+
+def say_replaced(s, *names: str) -> None:
+    """Says it when --out_dir holds a run with another value of these flags: this run will write over it."""
+    file = Path(s.out_dir, "run.json")
+    before = read_json(file, settings=dict)["settings"] if file.exists() else {}
+    other = [f"--{name} {before[name]}" for name in names if before.get(name) not in (None, getattr(s, name))]
+    if other:
+        print(f"({s.out_dir} holds a run with {', '.join(other)}, which this run replaces; Ctrl-C now keeps "
+              "it, another --out_dir keeps both)", flush=True)
 
 
 # ---- the machine -----------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def draw_pipeline(out: Path) -> None:
 
     for y, script in ((30, "train_sft.py"), (16, "train_rl.py"), (2, "sample.py")):
         axis.text(0, y + 3.5, script, fontsize=10, family="monospace", va="center")
-    box(16, 30, 17, "your records", GREY)
+    box(16, 30, 17, "training records", GREY)
     box(42, 30, 24, "int8 base, frozen\n+ LoRA, which learns", ORANGE)
     arrow((34, 33.5), (41.5, 33.5))
     for y in (16, 2):
@@ -92,10 +92,14 @@ def draw_pipeline(out: Path) -> None:
             arrow((start, y + 3.5), (end, y + 3.5))
         arrow((37, 12.5), (37, 15.3 if y == 16 else 9.7))
     axis.text(38, 12.4, "your pool of prompts", fontsize=9, va="center")
-    arrow((60, 29.3), (60, 23.9), ORANGE)
+    arrow((60, 29.3), (60, 23.9), ORANGE)  # what was trained goes down: out/sft, out/rl
+    arrow((60, 15.3), (60, 9.9), ORANGE)
+    axis.text(61, 12.4, "out/sft", fontsize=9, va="center", color=ORANGE)
+    arrow((31.5, 15.3), (31.5, 9.9), BLUE)
+    axis.text(31, 12.4, "out/rl", fontsize=9, va="center", ha="right", color=BLUE)
     axis.plot([84.5, 84.5, 37], [24, 27, 27], color=BLUE, linewidth=1.5)
     arrow((37, 27.2), (37, 23.8), BLUE)
-    axis.text(62, 27.8, "REINFORCE; reward: how like the reference?", fontsize=9, color=BLUE)
+    axis.text(62, 27.8, "REINFORCE; reward: similarity to the reference", fontsize=9, color=BLUE)
     finish(figure, out / "pipeline.png", grid=False)
 
 
@@ -112,7 +116,7 @@ def draw_audit(out: Path) -> None:
     for mask, color, label, hatch in ways:
         axes[0].hist(useful[mask].clamp(min=bins[0]).tolist(), bins, color=color, alpha=0.55, hatch=hatch,
                      label=f"{label} ({mask.sum()} prompts)")
-    axes[0].set(xlabel="usefulness: what a prompt's score gains or loses for all queries", ylabel="prompts")
+    axes[0].set(xlabel="usefulness (0: trusted; far to the left: hardly ever picked)", ylabel="prompts")
     axes[0].legend()
     finish(figure, out / "audit.png")
 

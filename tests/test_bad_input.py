@@ -515,7 +515,7 @@ SAID = {  # what is taken, with a word about it
     "one file beside an old index": (SFT, content(INDEX, '{"weight_map": {"a": "gone"}}'), "saved in out"),
     "an adapter config with empty fields": (RL, fields(
         PEFT, modules_to_save=[], rank_pattern={}, use_dora=False, layers_to_transform=[]), "saved in out"),
-    "a temperature near 0": (ASK + "--temperature 1e-30", nothing, "matched ("),
+    "a temperature near 0": (ASK + "--temperature 1e-30", nothing, "matched with probability"),
     "a run that was killed before its first save": (SFT + "--resume", lambda home, _: (
         (home / "out").mkdir(), (home / "out/log.jsonl").touch()), "not saved anything yet: it starts again"),
     "a run that is finished": (SFT + "--resume", state(lambda _: None), "has made all of its 1 steps: noth"),
@@ -527,6 +527,10 @@ SAID = {  # what is taken, with a word about it
         RL, nothing, "next: python sample.py --base base --adapter sft --device cpu --matcher out "
                      "--prompt \"...\" (or python tests/compare.py --base base --adapter sft --data mine."),
     "not tuned yet": (ASK + "--adapter gone --no_match", nothing, "to tune it, run python train_sft.py"),
+    "another run's folder": (SFT, lambda home, _: (
+        (home / "out").mkdir(), (home / "out/run.json").write_text('{"settings": {"data": "bigbench"}}')),
+        "(out holds a run with --data bigbench, which this run replaces; Ctrl-C now"),
+    "no matcher wanted": (ASK + "--matcher none", nothing, "(--matcher none: no prompts are matched)\n"),
     "no matcher yet": (ASK + "--matcher gone", nothing, "to train one, run python train_rl.py"),
 }
 

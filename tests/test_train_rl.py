@@ -103,7 +103,8 @@ def test_the_audit_by_hand():
     # usefulness -0.5, -0.5, -2, -0.5; gain over its standard error, 0.2646 / sqrt(tried): 0.76, -1.34, 0, 0
     assert [entry["instruction"] for entry in found] == ["2", "1", "3", "0"]
     by_name = {entry["instruction"]: entry for entry in found}
-    assert by_name["1"] == pool[1] | {"usefulness": -0.5, "tried": 2, "gain": -25.0, "surprise": 1.0}
+    assert by_name["1"] == pool[1] | {
+        "score": -1.836, "usefulness": -0.5, "tried": 2, "gain": -25.0, "surprise": 1.0}
     assert by_name["3"]["tried"] == 0 and by_name["3"]["gain"] == 0 and by_name["0"]["gain"] == 20.0
 
 
