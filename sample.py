@@ -11,6 +11,7 @@ it embeds prompts and does not number them. Without --prompt it asks for instruc
     python sample.py --pool data/example_pool.jsonl --prompt "Write the order code." --input "7 red tables"
     python sample.py --no_match --prompt "Write the order code." --input "7 red tables"
 """
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -142,9 +143,13 @@ def main(s: Settings) -> None:
         if kept < len(prompts):
             print(f"(the first {len(prompts) - kept} matched prompts are left out: the context is full)")
         stream = Stream(tokenizer)
-        generate(model, [ids], s.max_new_tokens, tokenizer.ends, lambda ids: at_next_block(tokenizer, ids),
-                 choose=lambda logits: draw(logits, s, generator), on_token=stream)
+        def over(ids: list[int]) -> bool:
+            return at_next_block(tokenizer, ids)
+        [new] = generate(model, [ids], s.max_new_tokens, tokenizer.ends, over,
+                         choose=lambda logits: draw(logits, s, generator), on_token=stream)
         stream.end()
+        if len(new) == s.max_new_tokens and new[-1] not in tokenizer.ends and not over(new):
+            print(f"(cut off after --max_new_tokens {s.max_new_tokens})", file=sys.stderr)
 
     if s.prompt.strip():
         answer({"task": "", "instruction": s.prompt, "input": s.input, "output": ""})

@@ -180,7 +180,8 @@ def cli(settings: type, main: Callable) -> None:
             else:
                 text = f"out of memory ({text[:90]}); use a smaller model or fewer tokens at once{kept()}"
         elif getattr(error, "errno", None):  # the system's own words name no remedy
-            text = f"{error.filename or out}: {error.strerror}; fix that{kept() or ' and run it again'}"
+            where = error.filename or out or "the output"
+            text = f"{where}: {error.strerror}; fix that{kept() or ' and run it again'}"
         # A broken file may hold a long text, or control characters that would steer the terminal.
         sys.exit(f"{name}: " + "".join(c if c.isprintable() else "?" for c in text[:600]))
     except KeyboardInterrupt:

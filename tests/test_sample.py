@@ -67,7 +67,9 @@ def shown(records):
 
 
 def matched(text: str) -> list[tuple[int, str]]:
-    return [(int(p), line) for p, line in re.findall(r"^matched \((\d+)%\): (.*)$", text, re.MULTILINE)]
+    """(probability in % of a trained matcher's pick, or 0; the prompt) for each prompt shown."""
+    lines = re.findall(r"^(?:matched with probability (\d+)%|nearest): (.*)$", text, re.MULTILINE)
+    return [(int(p or 0), line) for p, line in lines]
 
 
 def test_nothing_trained_yet(run, made, tuned, tmp_path):
