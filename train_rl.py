@@ -368,8 +368,10 @@ def main(s: Settings) -> None:
     matcher = Matcher(embed_records(model, tokenizer, pool), logit_scale=s.logit_scale,
                       candidates=s.candidates, generator=torch.Generator().manual_seed(s.seed),
                       doubts=matching.doubts(model, tokenizer, pool))
-    best, kept, began = -1.0, None, time.time()
+    best, best_step, kept, began = -1.0, 0, None, time.time()
     if rank == 0:
+        for name in ("table.json", "pool.json"):  # of an earlier matcher
+            (out / name).unlink(missing_ok=True)
         save_json(run_record(s, data, model_id), out / "run.json")
     log = open(os.devnull if rank else out / "log.jsonl", "w", encoding="utf-8")
     def reward_fn(split: str, rows: list[int], picks: Tensor) -> Tensor:
@@ -394,9 +396,10 @@ def main(s: Settings) -> None:
                   + (f"  validation {100 * metrics['val_reward']:.1f}" if "val_reward" in metrics else ""),
                   flush=True)
         if metrics.get("val_reward", -1.0) > best:
-            best, kept = metrics["val_reward"], copy.deepcopy(matcher.state_dict())
+            best, best_step, kept = metrics["val_reward"], step, copy.deepcopy(matcher.state_dict())
             if rank == 0:
                 matching.save(matcher, out, pool, s.m, model_id, step=step, val_reward=best)
+    print(f"kept: the matcher of step {best_step}, the best on {len(queries['val'])} validation queries")
     audited = audit(matcher, pool, draws)  # by the last policy, which has learned from all draws
     if rank == 0:
         save_json({"prompts": audited}, out / "pool.json")
@@ -429,8 +432,9 @@ def main(s: Settings) -> None:
     print("\nprompts that seem to do harm, worst first (all in pool.json); check their answers:"
           if harmful else "\nno prompt seems to do harm (pool.json)")
     for entry in harmful[:5]:
-        print(f"  tried {entry['tried']:.0f} times, mean reward {entry['gain']:+.1f} against the queries' "
-              f"other picks: {entry['instruction']} | {entry['input']} -> {entry['output']}")
+        why = (f"tried {entry['tried']:.0f} times, mean reward {entry['gain']:+.1f} against the queries' "
+               "other picks" if entry["tried"] else "never tried, but its answer surprises the LLM")
+        print(f"  {why}: {entry['instruction']} | {entry['input']} -> {entry['output']}")
     if rank == 0:
         save_json({"settings": asdict(s), "rows": rows}, out / "table.json")
     print(f"\nsaved in {out}. next: {command('sample.py', s, 'base adapter device', matcher=s.out_dir)} "

@@ -30,17 +30,7 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 
-from data.cli import (
-    cli,
-    command,
-    ignored,
-    join_torchrun,
-    main_process_first,
-    opt,
-    pick_device,
-    run_record,
-    say_replaced,
-)
+from data.cli import cli, command, ignored, join_torchrun, main_process_first, opt, pick_device, run_record
 
 import torch
 import torch.distributed as dist
@@ -203,8 +193,9 @@ def main(s: Settings) -> None:
     out = Path(s.out_dir)
     device, dtype = pick_device(s.device, s.dtype)
     rank, world, device = join_torchrun(device)
-    if rank == 0 and not s.resume:
-        say_replaced(s, "base", "data", "full")
+    if rank == 0 and not s.resume and (out / "state.safetensors").exists():
+        print(f"({out} holds a run, which this one replaces; Ctrl-C now keeps it. --resume goes on with it, "
+              "another --out_dir keeps both)", flush=True)
     ignored(s, "with --full", *["r", "alpha", "no_int8"] * s.full)
 
     # data: records -> examples with masks

@@ -213,7 +213,7 @@ def at_next_block(tokenizer: Tokenizer, ids: list[int]) -> bool:
 def words(text: str) -> list[str]:
     """The words that scores compare, in lower case: runs of letters, marks and digits of any script. Where a
     script has no blanks each character is a word; a text of symbols only is cut at its blanks."""
-    text = re.sub(NO_BLANKS, r" \g<0> ", text.lower())
+    text = re.sub(NO_BLANKS, r" \g<0> ", unicodedata.normalize("NFC", text.lower()))
     found = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text).split()
     return found or text.split()
 

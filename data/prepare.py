@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # else it looks
 from data.cli import cli, command, opt  # noqa: E402
 
 from data import download  # noqa: E402
-from data.base_model import ensure_base  # noqa: E402
+from data.base_model import ensure_base, read_config  # noqa: E402
 from data.files import atomic_replace, read_json, scratch_folder  # noqa: E402
 from data.instructions import FIELDS, read_records  # noqa: E402
 from data.styles import HELD_OUT, KINDS  # noqa: E402
@@ -59,6 +59,7 @@ PLANS = {"bigbench": {"seen": {"pool": 5, "val": 2, "test": 4, "sft": 5, "rl": 1
                       "new": {"pool": 5, "val": 2, "test": 4, "rl": 21}},
          "bigbench-clean": {"seen": {"pool": 3, "val": 2, "test": 4, "sft": 10, "rl": 14},
                             "new": {"pool": 3, "val": 2, "test": 4, "rl": 24}}}
+SPLITS = ("sft", "pool", "rl", "val", "test")
 SFT_STYLES = 450  # house styles to fine-tune on, four records each
 STYLE_PLAN = {"pool": 5, "val": 2, "test": 3, "rl": 6}  # of a style that the LoRA never saw
 MISTAKES = 0.4  # share of a task's prompts in the pool that get a wrong answer
@@ -130,7 +131,7 @@ def split(data: str, records: list[dict]) -> dict[str, list[dict]]:
     else:  # free tasks: 10% pool, 5% val, 10% test, 25% rl, the rest sft
         deals = [("0", {"pool": max(1, min(500, n // 10)), "val": max(1, min(300, n // 20)),
                         "test": max(1, min(1000, n // 10)), "rl": n // 4, "sft": n}, records)]
-    splits = {name: [] for name in ("sft", "pool", "rl", "val", "test")}
+    splits = {name: [] for name in SPLITS}
     for seed, plan, pile in deals:  # one deal for everybody: results can be compared, a rerun changes nothing
         pile = random.Random(seed).sample(pile, len(pile))
         for name, size in plan.items():
@@ -183,7 +184,10 @@ def ensure_data(data: str) -> Path:
         read, target = read_records, download.DATA / f"own-{file.stem}-{digest}"
     else:
         raise ValueError(f"--data {data} is neither {', '.join(SETS)} nor a file of records; check the path")
-    if target.is_dir():  # it is renamed into place when it is finished, so it is whole
+    if target.is_dir():  # it is renamed into place when it is finished, so it was whole
+        lost = [f"{name}.jsonl" for name in SPLITS if not (target / f"{name}.jsonl").is_file()]
+        if lost:
+            raise ValueError(f"{target}: {', '.join(lost)} is missing; delete the folder and run this again.")
         return target
     splits = split(data, read(download.fetch(*SETS[data.removesuffix("-clean")]) if data in SETS else file))
     if data == "bigbench":
@@ -238,6 +242,7 @@ class Settings:
 def main(settings: Settings) -> None:
     with scratch_folder(download.DATA):  # clears away what killed runs left, also when there is nothing to do
         base, data = ensure_base(settings.base), ensure_data(settings.data)
+    read_config(base)  # refuses what the next command could not load
     print(f"base model in {base}\ndata in {data}\ndata/.downloads may go; next: "
           + command("train_sft.py", settings, "base data"))
 

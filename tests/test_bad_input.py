@@ -527,7 +527,8 @@ SAID = {  # what is taken, with a word about it
         RL, nothing, "next: python sample.py --base base --adapter sft --device cpu --matcher out "
                      "--prompt \"...\" (or python tests/compare.py --base base --adapter sft --data mine."),
     "not tuned yet": (ASK + "--adapter gone --no_match", nothing, "to tune it, run python train_sft.py"),
-    "another run's folder": (SFT, lambda home, _: (
+    "a run that is not resumed": (SFT, state(lambda _: None), "(out holds a run, which this one replaces;"),
+    "another run's folder": (RL, lambda home, _: (
         (home / "out").mkdir(), (home / "out/run.json").write_text('{"settings": {"data": "bigbench"}}')),
         "(out holds a run with --data bigbench, which this run replaces; Ctrl-C now"),
     "no matcher wanted": (ASK + "--matcher none", nothing, "(--matcher none: no prompts are matched)\n"),

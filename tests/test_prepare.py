@@ -797,3 +797,12 @@ def test_ctrl_c_while_torch_is_loaded(script):
     rest = run.stderr.read()
     assert run.wait() == 130 and "Traceback" not in rest and "Exception ignored" not in rest
     assert rest.splitlines()[-1] == f"{Path(script).name}: stopped"
+
+
+def test_a_data_folder_that_lost_a_file_is_not_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "DATA", tmp_path)
+    file = tiny.write_records(tmp_path / "mine.jsonl", tiny.records(40))
+    folder = prepare.ensure_data(str(file))
+    (folder / "rl.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"rl.jsonl is missing; delete the folder and run this again"):
+        prepare.ensure_data(str(file))
