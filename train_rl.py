@@ -34,17 +34,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data.cli import (
-    cli,
-    command,
-    ignored,
-    join_torchrun,
-    main_process_first,
-    opt,
-    pick_device,
-    run_record,
-    say_replaced,
-)
+from data.cli import cli, command, ignored, join_torchrun, main_process_first, opt, pick_device, run_record
 
 import torch
 import torch.distributed as dist
@@ -339,8 +329,6 @@ def main(s: Settings) -> None:
     out = Path(s.out_dir)
     device, dtype = pick_device(s.device, s.dtype)
     rank, world, device = join_torchrun(device)
-    if rank == 0:
-        say_replaced(s, "base", "adapter", "data", "pool")
     if s.candidates <= s.m:
         raise ValueError(f"--candidates {s.candidates} must be above --m {s.m}: else there is no choice.")
 

@@ -189,9 +189,22 @@ def cli(settings: type, main: Callable) -> None:
         sys.exit(130)
 
 
+def say_replaced(settings) -> None:
+    """Says it when --out_dir holds a run on something else: this run will write over it."""
+    file = Path(settings.out_dir, "run.json")
+    before = read_json(file, settings=dict)["settings"] if file.exists() else {}
+    now = {name: getattr(settings, name, None) for name in ("base", "adapter", "data", "pool")}
+    other = [f"--{name} {before[name]}" for name in now if before.get(name) not in (None, now[name])]
+    if other:
+        print(f"({settings.out_dir} holds a run with {', '.join(other)}, which this run replaces; Ctrl-C now "
+              "keeps it, another --out_dir keeps both)", flush=True)
+
+
 def run_record(settings, data: Path, base_id: str) -> dict:
     """For run.json beside every output: the same settings, versions and files on the same machine give the
-    same bits. Nothing in it depends on the time."""
+    same bits. Nothing in it depends on the time. What it replaces there is said."""
+    if os.environ.get("RANK", "0") == "0" and not getattr(settings, "resume", False):
+        say_replaced(settings)
     git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
                          cwd=Path(__file__).parent, capture_output=True, text=True
                          ) if shutil.which("git") else None
@@ -201,16 +214,6 @@ def run_record(settings, data: Path, base_id: str) -> dict:
                 name: version(name) for name in ("torch", "safetensors", "tiktoken", "numpy")},
             "data": {file.name: sha256(file.read_bytes()).hexdigest()
                      for file in sorted(data.glob("*.jsonl"))}}
-
-
-def say_replaced(s, *names: str) -> None:
-    """Says it when --out_dir holds a run with another value of these flags: this run will write over it."""
-    file = Path(s.out_dir, "run.json")
-    before = read_json(file, settings=dict)["settings"] if file.exists() else {}
-    other = [f"--{name} {before[name]}" for name in names if before.get(name) not in (None, getattr(s, name))]
-    if other:
-        print(f"({s.out_dir} holds a run with {', '.join(other)}, which this run replaces; Ctrl-C now keeps "
-              "it, another --out_dir keeps both)", flush=True)
 
 
 # ---- the machine -----------------------------------------------------------------------------------------
