@@ -38,7 +38,7 @@ from model import generate
 
 @dataclass
 class Settings:
-    prompt: str = opt("", "the instruction; empty: ask for them; each line of a pipe is an instruction")
+    prompt: str = opt("", "the query's instruction; empty: ask for queries; each line of a pipe is one")
     input: str = opt("", "the text that the instruction is about, if it needs one")
     base: str = opt("smollm2", "base model: smollm2, a Hugging Face folder, or owner/name on the hub")
     adapter: str = opt("out/sft", "folder of the LoRA adapter, or none for the bare base")

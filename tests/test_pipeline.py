@@ -60,6 +60,6 @@ def test_the_whole_way_on_the_real_model(tmp_path):
     text = script("sample.py", "--prompt", "Write the date in our style.", "--input", "March 9, 2021",
                   "--pool", ROOT / "data" / "example_pool.jsonl", "--adapter", sft, "--matcher", rl,
                   "--max_new_tokens", 16)
-    [(percent, line)] = re.findall(r"^matched \((\d+)%\): (.*)$", text, re.MULTILINE)
+    [(percent, line)] = re.findall(r"^matched with probability (\d+)%: (.*)$", text, re.MULTILINE)
     assert 0 < int(percent) <= 100 and line.startswith("Write the date in our style.")
     assert text.split(line)[1].strip()  # it answered something
