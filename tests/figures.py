@@ -116,7 +116,8 @@ def draw_audit(out: Path) -> None:
     for mask, color, label, hatch in ways:
         axes[0].hist(useful[mask].clamp(min=bins[0]).tolist(), bins, color=color, alpha=0.55, hatch=hatch,
                      label=f"{label} ({mask.sum()} prompts)")
-    axes[0].set(xlabel="usefulness (0: trusted; far to the left: hardly ever picked; -15: or less)", ylabel="prompts")
+    axes[0].set(xlabel="usefulness (0: trusted; far to the left: hardly ever picked; -15: or less)",
+                ylabel="prompts")
     axes[0].legend()
     finish(figure, out / "audit.png")
 
