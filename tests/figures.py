@@ -57,8 +57,9 @@ def seeds_and_mean(axis, lines: list[list[tuple[float, float]]], color: str, lab
     """Each seed's (step, value) thin, and their mean thick where all have a value."""
     for line in lines:
         axis.plot(*zip(*line, strict=True), color=color, alpha=0.35, linewidth=0.8)
-    common = sorted(set.intersection(*({x for x, _ in line} for line in lines)))
-    mean = [sum(dict(line)[x] for line in lines) / len(lines) for x in common]
+    values = [dict(line) for line in lines]  # {step: value} of each seed
+    common = sorted(set.intersection(*map(set, values)))
+    mean = [sum(of[x] for of in values) / len(values) for x in common]
     axis.plot(common, mean, color=color, linewidth=2.2, label=label)
 
 
