@@ -149,6 +149,8 @@ def test_lora_on_int8_learns_as_on_the_float_base(base, base_tokenizer, base_mod
     Not int8 means bfloat16 where the machine multiplies that, else float32, on which the bound is as fair."""
     monkeypatch.setattr(download, "DATA", tmp_path)
     (tmp_path / "bigbench").mkdir()
+    for name in ("pool", "rl", "test"):  # a data folder must have all splits; these are not read
+        (tmp_path / "bigbench" / f"{name}.jsonl").touch()
     for name, size in (("sft", 96), ("val", 48)):
         short = [r for r in splits[name] if len(r["instruction"] + r["input"] + r["output"]) < 150][:size]
         (tmp_path / "bigbench" / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in short))
