@@ -36,15 +36,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.files import read_json, read_metadata, read_tensors, save_json, save_tensors
-from data.instructions import (
-    Record,
-    check_record,
-    collate,
-    length_sorted_batches,
-    query_text,
-    read_records,
-    training_example,
-)
+from data.instructions import query_text, training_example
+from data.records import Record, check_record, read_records
+from data.samples import collate, length_sorted_batches
 from data.tokenizer import Tokenizer
 from model import Transformer, pad
 
@@ -262,9 +256,9 @@ def load(folder: str | Path, model_id: str) -> tuple[Matcher, list[Record], int]
     raw = read_json(file, **kinds)
     meta = {field: raw[field] for field in kinds}
     if meta["model_id"] != model_id:
-        raise ValueError(f"{folder}: the matcher was trained on embeddings of model {meta['model_id']}, but "
-                         f"this is {model_id}; use the same --base and --adapter, train again, or "
-                         "take the nearest prompts with --matcher none.")
+        raise ValueError(f"{folder}: the matcher was trained for another base or adapter (run.json there "
+                         "names them); use the same ones, train it again, or take the nearest prompts with "
+                         "--matcher none.")
     pool = [check_record(r, f"{file}: record {n}") for n, r in enumerate(meta["pool"], 1)]
     if meta["shares"] != list(SHARES):
         raise ValueError(f"{file}: trained with SHARES = {meta['shares']}, but they are {list(SHARES)} now; "

@@ -15,22 +15,17 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.cli import cli, command, ignored, opt, pick_device, typed
+from data.cli import cli, opt, typed
 
 import torch
 from torch import Tensor
 
 import matcher as matching
 from data.base_model import ensure_base
-from data.instructions import (
-    NEXT_BLOCK,
-    TEMPLATE,
-    Record,
-    at_next_block,
-    clean_answer,
-    join_ids,
-    query_text,
-)
+from data.device import pick_device
+from data.instructions import NEXT_BLOCK, TEMPLATE, at_next_block, clean_answer, join_ids, query_text
+from data.records import Record
+from data.runs import command, ignored
 from data.tokenizer import Tokenizer
 from lora import load_tuned
 from model import generate

@@ -27,37 +27,28 @@ import copy
 import hashlib
 import json
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data.cli import cli, command, ignored, join_torchrun, main_process_first, opt, pick_device, run_record
+from data.cli import cli, opt
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 import matcher as matching
+from data import instructions as template
 from data.base_model import ensure_base
+from data.device import gather, join_torchrun, main_process_first, pick_device, processes
 from data.files import save_json
-from data.instructions import (
-    TEMPLATE,
-    Record,
-    at_next_block,
-    clean_answer,
-    join_ids,
-    length_sorted_batches,
-    prompt_ids,
-    query_text,
-    read_fitting,
-    say_long_answers,
-    words,
-)
-from data.prepare import ensure_data, seen_by
+from data.prepare import ensure_data
+from data.records import Record
+from data.runs import RewardFile, command, ignored, open_log, run_record, seen_by
+from data.samples import length_sorted_batches
+from data.scores import print_harm, print_table, rouge_l
 from data.tokenizer import Tokenizer
 from lora import load_tuned
 from matcher import Matcher, embed, embed_records
@@ -99,30 +90,6 @@ EVAL_EVERY = 10  # steps between validations
 
 # ---- the environment: (query, picks) -> answer -> reward --------------------------------------------------
 
-def rouge_l(answer: str, reference: str) -> float:
-    """F1 of the longest common subsequence of words; for ASCII words it equals rouge-score's rougeL."""
-    a, b = words(answer), words(reference)
-    best = [0] * (len(b) + 1)  # best[j]: longest common subsequence of the words of a so far and b[:j]
-    for word in a:
-        diagonal = 0
-        for j, other in enumerate(b, 1):
-            diagonal, best[j] = best[j], diagonal + 1 if word == other else max(best[j], best[j - 1])
-    return 2 * best[-1] / (len(a) + len(b)) if best[-1] else 0.0
-
-
-def read_rewards(file: Path) -> dict[str, dict]:
-    """{key: entry} of earlier runs. A line of the file is a computed batch; a torn line loses its batch."""
-    known = {}
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else ():
-        try:
-            batch, scores = json.loads(line), ("rouge", "semantic", "exact", "prompt_tokens")
-            if all(math.isfinite(sum(entry[k] for k in scores)) for entry in batch):
-                known |= {entry["key"]: entry for entry in batch}
-        except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
-            pass
-    return known
-
-
 class Environment:
     """The frozen LLM as REINFORCE sees it. Each (query, picks) is answered once and kept in `file`."""
 
@@ -130,27 +97,25 @@ class Environment:
                  identity: str, file: Path, judge: "Environment | None" = None):
         self.model, self.tokenizer, self.pool, self.max_new_tokens = model, tokenizer, pool, max_new_tokens
         self.judge = judge or self  # whose LLM embeds answers; one for all rows of a table
+        self.rank, self.world = processes()  # torchrun's
         outputs = [p["output"] for p in pool]
-        what = json.dumps([identity, TEMPLATE, max_new_tokens, sorted(tokenizer.ends), outputs])
+        what = json.dumps([identity, template.TEMPLATE, max_new_tokens, sorted(tokenizer.ends), outputs])
         self.identity = hashlib.sha256(what.encode()).hexdigest()
-        self.blocks = [prompt_ids(tokenizer, [p]) for p in pool]
+        self.blocks = [template.prompt_ids(tokenizer, [p]) for p in pool]
         self.groups = length_sorted_batches([len(ids) for ids in self.blocks], 4)  # prefilled together
         self.prefixes: dict[int, Tensor] = {}  # prompt -> its keys and values as the first of an episode
         if self.judge is self:  # cosines are of embeddings standardised by the pool's answers
             answers = embed(model, [[tokenizer.encode(text)] for text in outputs])  # (P, C)
             self.mean, self.std = answers.mean(0), answers.std(0, unbiased=False).clamp(min=1e-3)  # (C)
         self.asked = self.computed = self.shortened = 0
-        self.known = read_rewards(file)
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        torn = file.exists() and not file.read_bytes().endswith(b"\n")
-        self.file = open(os.devnull if self.rank else file, "a", encoding="utf-8")
-        self.file.write("\n" if torn else "")  # or the next batch would be lost with the torn line
+        self.file = RewardFile(file, write=self.rank == 0)
+        self.known = self.file.known  # {key: entry}
 
     def key(self, query: Record, picks: Sequence[int]) -> str:
         """Everything that an entry depends on, but not this code: if you change generation or scoring, delete
         the file of rewards."""
-        texts = [self.identity, query_text(query), query["output"],
-                 [[query_text(self.pool[j]), self.pool[j]["output"]] for j in picks]]
+        prompts = [[template.query_text(self.pool[j]), self.pool[j]["output"]] for j in picks]
+        texts = [self.identity, template.query_text(query), query["output"], prompts]
         return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:24]
 
     def scores(self, queries: Sequence[Record], picks: Sequence[Sequence[int]]) -> list[dict]:
@@ -160,23 +125,17 @@ class Environment:
         self.asked, self.computed = self.asked + len(keys), self.computed + len(todo)
         jobs = []
         for key, (query, picked) in todo.items():
-            rest = self.tokenizer.encode(query_text(query))
+            rest = self.tokenizer.encode(template.query_text(query))
             room = self.model.config.max_position_embeddings - self.max_new_tokens
-            ids, kept = join_ids(self.tokenizer, [self.pool[j] for j in picked], rest, room)
+            ids, kept = template.join_ids(self.tokenizer, [self.pool[j] for j in picked], rest, room)
             first = picked[-kept] if kept else None  # the first prompt that fits; its block is a prefix
             self.shortened += kept < len(picked)
             jobs.append((key, query, first, ids[len(self.blocks[first]) if kept else 0:]))
         batches = length_sorted_batches([len(ids) for *_, ids in jobs], ROLLOUT_BATCH)
         for n in range(0, len(batches), self.world):  # torchrun's processes compute one batch each
-            mine = n + self.rank
-            made = [self.answer([jobs[i] for i in batches[mine]]) if mine < len(batches) else []]
-            if self.world > 1:
-                share, made = made[0], [None] * self.world
-                dist.all_gather_object(made, share)
-            for batch in filter(None, made):
-                self.file.write(json.dumps(batch) + "\n")
-                self.known |= {entry["key"]: entry for entry in batch}
-            self.file.flush()
+            mine = batches[n + self.rank] if n + self.rank < len(batches) else []
+            for entries in gather(self.answer([jobs[i] for i in mine]) if mine else []):
+                self.file.add(entries)
         return [self.known[k] for k in keys]
 
     def answer(self, jobs: list[tuple[str, Record, int | None, list[int]]]) -> list[dict]:
@@ -191,8 +150,8 @@ class Environment:
                 self.prefixes |= zip(group, prefill(self.model, [self.blocks[j] for j in group]), strict=True)
         prefixes = [None if j is None else self.prefixes[j] for j in firsts]
         generated = generate(self.model, rests, self.max_new_tokens, self.tokenizer.ends,
-                             lambda ids: at_next_block(self.tokenizer, ids), prefixes)
-        answers = [clean_answer(self.tokenizer, ids) for ids in generated]
+                             lambda ids: template.at_next_block(self.tokenizer, ids), prefixes)
+        answers = [template.clean_answer(self.tokenizer, ids) for ids in generated]
         references = [query["output"].strip() for query in queries]
         semantic = self.judge.similarity(answers, references)
         return [{"key": key, "answer": a, "rouge": round(rouge_l(a, r), 6), "semantic": round(cosine, 6),
@@ -282,17 +241,6 @@ def reinforce(matcher: Matcher, queries: dict[str, Tensor],
         yield metrics
 
 
-def interval(differences: Tensor) -> list[float]:
-    """Paired differences (N) -> [mean, low, high] in points: a 95% interval by bootstrap over the queries.
-    One query says nothing about others: any difference is possible."""
-    if len(differences) == 1:
-        return [round(100 * differences.item(), 2), -100.0, 100.0]
-    draws = torch.randint(len(differences), (2000, len(differences)),
-                          generator=torch.Generator().manual_seed(0))
-    low, high = differences[draws].mean(1).quantile(torch.tensor([0.025, 0.975])).tolist()
-    return [round(100 * x, 2) for x in (differences.mean().item(), low, high)]
-
-
 def audit(matcher: Matcher, pool: list[Record], draws: list[tuple[Tensor, Tensor]]) -> list[dict]:
     """What RL found out about each prompt of the pool, worst first. draws: each step's picks (B K, m) and
     advantages (B K).
@@ -320,7 +268,7 @@ def load_queries(data: Path, tokenizer: Tokenizer, room: int, seed: int) -> dict
     """{split: its queries of at most `room` tokens} of rl, val, test; shuffled: a split is sorted by task."""
     order, queries = torch.Generator().manual_seed(seed), {}
     for split in ("rl", "val", "test"):
-        found = read_fitting(data / f"{split}.jsonl", tokenizer, room, answered=False)
+        found = template.read_fitting(data / f"{split}.jsonl", tokenizer, room, answered=False)
         queries[split] = [found[i] for i in torch.randperm(len(found), generator=order).tolist()]
     return queries
 
@@ -336,9 +284,9 @@ def main(s: Settings) -> None:
     with main_process_first(rank, world):
         base, data = ensure_base(s.base), ensure_data(s.data)
     tokenizer = Tokenizer(base)
-    model, model_id = load_tuned(base, s.adapter, TEMPLATE, dtype, device)
+    model, model_id = load_tuned(base, s.adapter, template.TEMPLATE, dtype, device)
     queries = load_queries(data, tokenizer, model.config.max_position_embeddings - s.max_new_tokens, s.seed)
-    say_long_answers(queries, tokenizer, s.max_new_tokens)
+    template.say_long_answers(queries, tokenizer, s.max_new_tokens)
     seen_by(base if s.adapter == "none" else Path(s.adapter), "sft", data, queries)
     pool = matching.read_pool(s.pool or data / "pool.jsonl", sum(queries.values(), []))
     if len(pool) <= s.m:
@@ -361,7 +309,8 @@ def main(s: Settings) -> None:
         for name in ("table.json", "pool.json"):  # of an earlier matcher
             (out / name).unlink(missing_ok=True)
         save_json(run_record(s, data, model_id), out / "run.json")
-    log = open(os.devnull if rank else out / "log.jsonl", "w", encoding="utf-8")
+    log = open_log(out / "log.jsonl", write=rank == 0)
+
     def reward_fn(split: str, rows: list[int], picks: Tensor) -> Tensor:
         return env.rewards([queries[split][row] for row in rows], picks.tolist())
     draws = []
@@ -405,24 +354,8 @@ def main(s: Settings) -> None:
         entries[name] = env.scores(test, picks[name])
     if env.shortened:
         print(f"({env.shortened} of the answers computed now lack their first prompts: the context was full)")
-    print(f"\n{len(test)} test queries, points of 100; brackets are 95% intervals"
-          + " (of so few queries they say little)" * (len(test) < 30) + "\n\n"
-          "| prompts | ROUGE-L | exact | ROUGE-L minus nearest |\n|---|---:|---:|---:|")
-    score = {name: {key: torch.tensor([float(e[key]) for e in found]) for key in ("rouge", "exact")}  # (N)
-             for name, found in entries.items()}
-    rows = {}
-    for name, of in score.items():
-        rows[name] = {key: round(100 * of[key].mean().item(), 2) for key in of}
-        rows[name]["minus nearest"] = interval(of["rouge"] - score["nearest"]["rouge"])
-        gap = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*rows[name]["minus nearest"]) if name != "nearest" else ""
-        print(f"| {name} | {rows[name]['rouge']:.1f} | {rows[name]['exact']:.1f} | {gap} |")
-    harmful = [entry for entry in audited if entry["gain"] < 0 or not entry["tried"]]  # no other harmed yet
-    print("\nprompts that seem to do harm, worst first (all in pool.json); check their answers:"
-          if harmful else "\nno prompt seems to do harm (pool.json)")
-    for entry in harmful[:5]:
-        why = (f"tried {entry['tried']:.0f} times, mean reward {entry['gain']:+.1f} against the queries' "
-               "other picks" if entry["tried"] else "never tried, but its answer surprises the LLM")
-        print(f"  {why}: {entry['instruction']} | {entry['input']} -> {entry['output']}")
+    rows = print_table(entries, "nearest")
+    print_harm(audited)
     if rank == 0:
         save_json({"settings": asdict(s), "rows": rows}, out / "table.json")
     print(f"\nsaved in {out}. next: {command('sample.py', s, 'base adapter device', matcher=s.out_dir)} "

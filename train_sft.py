@@ -20,17 +20,11 @@ in PEFT's format, log.jsonl (a line for each step) and the state for --resume.
 """
 import json
 import math
-import os
-import random
-import signal
 import time
-from collections import Counter, defaultdict
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from pathlib import Path
 
-from data.cli import cli, command, ignored, join_torchrun, main_process_first, opt, pick_device, run_record
+from data.cli import cli, opt
 
 import torch
 import torch.distributed as dist
@@ -38,19 +32,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.base_model import ensure_base, fingerprint, hub_name, read_config
-from data.files import atomic_write, load_state, save_json, save_state
-from data.instructions import (
-    BLOCK_END,
-    TEMPLATE,
-    Record,
-    collate,
-    length_sorted_batches,
-    read_fitting,
-    say_cut_samples,
-    training_example,
-    words,
-)
+from data.device import all_reduce_sum, join_torchrun, main_process_first, pick_device
+from data.files import save_json
+from data.instructions import BLOCK_END, TEMPLATE, read_fitting, training_example
 from data.prepare import ensure_data
+from data.runs import command, ignored, load_state, open_log, run_record, save_state, whole_steps
+from data.samples import (
+    count_targets,
+    length_sorted_batches,
+    marked,
+    micro_batches,
+    plan_steps,
+    related_records,
+    say_cut_samples,
+)
 from data.tokenizer import Tokenizer
 from lora import add_lora, quantize, save_adapter
 from model import Transformer, load, save
@@ -79,7 +74,6 @@ class Settings:
     dtype: str = opt("auto", "auto (bfloat16 where the machine has it), bfloat16 or float32")
 
 
-RELATED_SHARE = 0.9  # share of a sample's records that are of one task, as if a good matcher had chosen
 WARMUP = 0.05  # share of the steps in which the learning rate rises
 GRAD_CLIP = 1.0  # longest gradient: above it a few strange records would set the direction
 MAX_LENGTH = 512  # tokens of a sample; prompts that do not fit are left out
@@ -87,87 +81,6 @@ EVAL_EVERY = 40  # steps between validation losses; each also saves
 
 
 # ---- from records to a loss ------------------------------------------------------------------------------
-
-def related_records(records: list[Record]) -> list[list[int]]:
-    """For each record those that its prompts are drawn from: all of its task. A record without a task, or
-    alone in it, gets the 8 that share most of its rarest words: random ones would teach it to ignore prompts.
-    Only 50 holders of a word are looked at, and no two records are compared: 52,002 records take seconds."""
-    of_task, holders = defaultdict(list), defaultdict(list)  # task or word -> records
-    asked = [set(words(f"{record['instruction']} {record['input']}")) for record in records]
-    for i, record in enumerate(records):
-        of_task[record["task"]].append(i)
-        for word in asked[i]:
-            holders[word].append(i)
-    related = []
-    for i, record in enumerate(records):
-        if record["task"] and len(of_task[record["task"]]) > 1:
-            related.append(of_task[record["task"]])
-        else:
-            rarest = sorted(asked[i], key=lambda word: (len(holders[word]), word))[:8]
-            shared = Counter(j for word in rarest for j in holders[word][:50] if j != i)
-            related.append([j for j, _ in shared.most_common(8)])
-    return related
-
-
-def deal(records: list[Record], related: list[list[int]], size: int, rng: random.Random) -> list[list[int]]:
-    """One pass: samples of `size` related records each, as numbers. Every record stands in one of them.
-
-    Where too few of its kind are left, records that were dealt already stand beside it once more. A few
-    places are exchanged, so that the model learns to look at a prompt before it imitates it.
-    """
-    samples, free = [], set(range(len(records)))
-    for i in rng.sample(range(len(records)), len(records)):
-        if i in free:
-            others = [j for j in rng.sample(related[i], min(len(related[i]), 4 * size)) if j != i]
-            others.sort(key=lambda j: j not in free)  # stable: those not yet dealt come first, still shuffled
-            samples.append([i, *others[:size - 1]])
-            rng.shuffle(samples[-1])
-            free -= set(samples[-1])
-    places = [(sample, n) for sample in samples for n in range(len(sample)) if rng.random() >= RELATED_SHARE]
-    moved = rng.sample([sample[n] for sample, n in places], len(places))
-    for (sample, n), j in zip(places, moved, strict=True):
-        sample[n] = j if j not in sample else sample[n]
-    return samples
-
-
-def plan_steps(records: list[Record], related: list[list[int]], lengths: list[int],
-               s: Settings) -> list[list[list[int]]]:
-    """All optimiser steps of the run: each is batch_size samples of near-equal length, a sample is a list of
-    record numbers. It depends on its arguments only, so a resumed run sees what it would have seen."""
-    steps = []
-    for epoch in range(s.epochs):
-        rng = random.Random(f"{s.seed}:{epoch}")
-        samples = deal(records, related, 1 + s.shots, rng)
-        order = length_sorted_batches([sum(lengths[i] for i in sample) for sample in samples], s.batch_size,
-                                      torch.Generator().manual_seed(rng.getrandbits(63)))
-        steps += [[samples[i] for i in step] for step in order]
-    return steps
-
-
-def micro_batches(examples: Sequence, tokens: int) -> list[tuple[Tensor, Tensor]]:
-    """A step's examples -> micro-batches (ids, targets) of at most `tokens` padded tokens; a longer example
-    gets its own. What autograd keeps until backward grows with these tokens: this bounds a run's memory."""
-    pieces = []
-    for example in sorted(examples, key=lambda e: -len(e[0])):  # the first of a piece is its longest
-        if not pieces or (len(pieces[-1]) + 1) * len(pieces[-1][0][0]) > tokens:
-            pieces.append([])
-        pieces[-1].append(example)
-    return [collate(piece) for piece in pieces]
-
-
-def count_targets(examples: Sequence) -> int:
-    """How many tokens of these examples have loss."""
-    return sum(target >= 0 for _, targets in examples for target in targets)
-
-
-def marked(tokenizer: Tokenizer, ids: list[int], targets: list[int]) -> str:
-    """A sample as text, with >>> and <<< around what has loss."""
-    text, asked_for = "", [-1, *targets[:-1]]  # of each id
-    for answer, part in groupby(zip(ids, asked_for, strict=True), key=lambda pair: pair[0] == pair[1]):
-        piece = tokenizer.decode([i for i, _ in part])
-        text += f">>>{piece}<EOS><<<" if answer else piece
-    return text
-
 
 def answer_loss(model: Transformer, ids: Tensor, targets: Tensor) -> Tensor:
     """Summed cross-entropy (nats) of the answers' tokens; ids, targets (B, T), targets -1 where no loss.
@@ -193,9 +106,6 @@ def main(s: Settings) -> None:
     out = Path(s.out_dir)
     device, dtype = pick_device(s.device, s.dtype)
     rank, world, device = join_torchrun(device)
-    if rank == 0 and not s.resume and (out / "state.safetensors").exists():
-        print(f"({out} holds a run, which this one replaces; Ctrl-C now keeps it. --resume goes on with it, "
-              "another --out_dir keeps both)", flush=True)
     ignored(s, "with --full", *["r", "alpha", "no_int8"] * s.full)
 
     # data: records -> examples with masks
@@ -206,17 +116,16 @@ def main(s: Settings) -> None:
     tokenizer = Tokenizer(base)
     max_length = min(MAX_LENGTH, read_config(base)["max_position_embeddings"])
     records = read_fitting(data / "sft.jsonl", tokenizer, max_length)
-    related = related_records(records)
+    lengths = [len(training_example(tokenizer, [record], max_length)[0]) for record in records]
+    plan = plan_steps(records, related_records(records), lengths, s.shots, s.batch_size, s.epochs, s.seed)
+    say_cut_samples(sum(plan, []), lengths, len(tokenizer.encode(BLOCK_END)) - len(tokenizer.bos), max_length)
+    schedule = len(plan)  # of the learning rate; --max_steps stops earlier on the same curve
+    steps = min(schedule, s.max_steps or schedule)
     # Validation is without prompts: the plainest number, the same whatever --shots is.
     val = [training_example(tokenizer, [record], max_length)
            for record in read_fitting(data / "val.jsonl", tokenizer, max_length)]
     val_batches = [batch for rows in length_sorted_batches([len(ids) for ids, _ in val], s.batch_size)
                    for batch in micro_batches([val[i] for i in rows], s.micro_tokens)]
-    lengths = [len(training_example(tokenizer, [record], max_length)[0]) for record in records]
-    plan = plan_steps(records, related, lengths, s)
-    say_cut_samples(sum(plan, []), lengths, len(tokenizer.encode(BLOCK_END)) - len(tokenizer.bos), max_length)
-    schedule = len(plan)  # of the learning rate; --max_steps stops earlier on the same curve
-    steps = min(schedule, s.max_steps or schedule)
 
     # model: frozen base + LoRA, or all weights
     if s.full:
@@ -238,23 +147,9 @@ def main(s: Settings) -> None:
     signature = {key: value for key, value in asdict(s).items()
                  if key not in ("resume", "max_steps", "device", "out_dir")}
     signature |= {"dtype": str(dtype), "base weights": run["base_id"], "records": run["data"]}
-    start = tokens = seconds = 0
-    if s.resume and (out / "state.safetensors").exists():
-        start, tokens, seconds = load_state(out / "state.safetensors", optimizer, names, signature)
-    elif s.resume and not (out / "log.jsonl").exists():
-        raise FileNotFoundError(f"{out}: there is no run to resume; run it without --resume.")
-    elif s.resume:
-        print(f"(the run in {out} had not saved anything yet: it starts again)")
-    start, tokens = int(start), int(tokens)
+    start, tokens, seconds = load_state(out, optimizer, names, signature) if s.resume else (0, 0, 0.0)
     if start >= steps:
         print(f"(the run in {out} has made all of its {steps} steps: nothing is left to do)")
-
-    def all_reduce_sum(number: float) -> float:
-        if world == 1:
-            return number
-        total = torch.tensor(number, dtype=torch.float32, device=device)
-        dist.all_reduce(total)
-        return total.item()
 
     def save_all(progress: list[float]) -> None:
         if s.full:
@@ -262,7 +157,7 @@ def main(s: Settings) -> None:
         else:
             save_adapter(model, out, hub_name(base), run["base_id"], TEMPLATE)
         save_json(run, out / "run.json")
-        save_state(out / "state.safetensors", optimizer, names, progress, signature)
+        save_state(out, optimizer, names, progress, signature)
 
     held = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
     print(f"base {base} in {dtype} on {device}: weights of {held / 1e6:.0f} MB, "
@@ -271,18 +166,9 @@ def main(s: Settings) -> None:
     example = training_example(tokenizer, [records[i] for i in plan[0][0]], max_length)
     print("one sample as the model reads it; only what stands between >>> and <<< has loss:\n"
           f"{marked(tokenizer, *example)}\n")
-    log_file = out / "log.jsonl"
-    lines = log_file.read_text(encoding="utf-8", errors="replace").splitlines()[:start] if start else []
-    if rank == 0:
-        with atomic_write(log_file) as file:  # later lines are of steps that will be done again
-            file.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    log = open(os.devnull if rank else log_file, "a", encoding="utf-8")
+    log = open_log(out / "log.jsonl", start, write=rank == 0)
     began = time.time() - seconds
-    # Ctrl-C (with torchrun: SIGTERM) lets the step finish: half an update can neither be saved nor repeated.
-    interrupted = []
-    handlers = {sig: signal.signal(sig, lambda *_: interrupted.append(True))
-                for sig in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with whole_steps() as interrupted:  # Ctrl-C lets a step finish
         for step in range(start, steps):
             # the step's samples; each of torchrun's processes takes its share
             examples = [training_example(tokenizer, [records[i] for i in sample], max_length)
@@ -298,7 +184,7 @@ def main(s: Settings) -> None:
                     part = answer_loss(model, ids.to(device), targets.to(device)) / answer_tokens
                 part.backward()  # gradients add up over the micro-batches
                 loss += part.item()
-            loss = all_reduce_sum(loss)
+            loss = all_reduce_sum(loss, device)
             for p in trained if world > 1 else ():  # a process without a record has no gradient yet
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                 dist.all_reduce(p.grad)
@@ -322,10 +208,10 @@ def main(s: Settings) -> None:
                 with torch.no_grad(), autocast:
                     part = sum(answer_loss(model, ids.to(device), targets.to(device)).item()
                                for ids, targets in val_batches[rank::world])
-                line["val_loss"] = round(all_reduce_sum(part) / count_targets(val), 4)
+                line["val_loss"] = round(all_reduce_sum(part, device) / count_targets(val), 4)
             log.write(json.dumps(line) + "\n")
             log.flush()
-            stop = all_reduce_sum(float(bool(interrupted)))  # read once a step, so that all processes agree
+            stop = all_reduce_sum(float(bool(interrupted)), device)  # once a step: all processes agree
             if rank == 0 and ("val_loss" in line or stop):
                 save_all([done, tokens, line["seconds"]])
             left = (line["seconds"] - seconds) / (done - start) * (steps - done) / 60
@@ -335,9 +221,6 @@ def main(s: Settings) -> None:
             if stop:
                 print(f"stopped after step {done}, saved in {out}; continue with --resume")
                 raise KeyboardInterrupt
-    finally:
-        for sig, handler in handlers.items():
-            signal.signal(sig, handler)
     tuned = {"base": s.out_dir, "adapter": "none", "out_dir": "out/rl_full"} if s.full else {
         "adapter": s.out_dir}
     if steps < schedule:

@@ -1,4 +1,4 @@
-"""Plumbing of the scripts: settings -> flags and --help, errors -> one sentence, device, torchrun, run.json.
+"""Plumbing of the scripts: settings -> flags and --help, errors -> one sentence, Ctrl-C, what a user types.
 
 A script has one dataclass of settings, whose fields are made by `opt`, and a function main(settings); it ends
 with cli(Settings, main). Nothing of the method lives here.
@@ -6,18 +6,12 @@ with cli(Settings, main). Nothing of the method lives here.
 import atexit
 import dataclasses
 import os
-import re
 import select
-import shlex
-import shutil
 import signal
-import subprocess
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from hashlib import sha256
-from importlib.metadata import version
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,15 +40,7 @@ if own_script:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, stop)
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-
-from data.files import lock_folder, read_json  # noqa: E402
-
-# oneDNN keeps its last 1,024 kernels, and batches of ever new lengths make ever new ones. 64 are enough for
-# one length and halve the peak memory (assets/EXPERIMENTS.md). Both are read at the first matrix product.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
+from data.files import lock_folder  # noqa: E402
 
 PATHS = ("base", "adapter", "data", "pool", "queries", "matcher", "full", "out_dir")  # may name a path
 
@@ -70,7 +56,9 @@ def opt(default, help: str, least: float = 0):
 def parse(settings: type, doc: str):
     """The command line as an instance of `settings`: one --flag for each field."""
     class Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-        """Shows defaults and keeps line breaks."""
+        """Shows defaults, but no empty ones, and keeps line breaks."""
+        def _get_help_string(self, action):
+            return action.help if action.default == "" else super()._get_help_string(action)
     examples = [line for line in doc.splitlines() if line.startswith(("    python ", "    torchrun "))]
     parser = ArgumentParser(description=doc.split("\n\n")[0], epilog="\n".join(["for example:", *examples]),
                             formatter_class=Help)
@@ -97,24 +85,6 @@ def find_paths(s) -> None:
             path = beside
         if path != Path(value):
             setattr(s, field.name, str(path))
-
-
-def command(script: str, s, shared: str, **given: str) -> str:
-    """`script` as a command line, with the flags of this run that it knows too and the `given` ones."""
-    usual = {field.name: str(field.default) for field in dataclasses.fields(s)}
-    flags = {name: str(getattr(s, name)) for name in shared.split()} | given
-    words = [f"--{name} {shlex.quote(value)}" for name, value in flags.items()
-             if value.removeprefix(f"{ROOT}/") not in (usual.get(name), "out/sft", "out/rl")]
-    return " ".join([f"python {'' if ROOT.samefile('.') else f'{ROOT}/'}{script}", *words])
-
-
-def ignored(s, when: str, *names: str) -> None:
-    """Says in one line which of these flags were given although they change nothing."""
-    values = {field: str(getattr(s, field.name)).removeprefix(f"{ROOT}/") for field in dataclasses.fields(s)}
-    given = [f"--{field.name}" for field, value in values.items()
-             if field.name in names and value != str(field.default)]
-    if given:
-        print(f"({', '.join(given)}: without effect {when})")
 
 
 def typed() -> Iterator[tuple[str, str]]:
@@ -187,76 +157,3 @@ def cli(settings: type, main: Callable) -> None:
     except KeyboardInterrupt:
         print(f"\n{name}: stopped{kept()}", file=sys.stderr)
         sys.exit(130)
-
-
-def say_replaced(settings) -> None:
-    """Says it when --out_dir holds a run on something else: this run will write over it."""
-    file = Path(settings.out_dir, "run.json")
-    before = read_json(file, settings=dict)["settings"] if file.exists() else {}
-    now = {name: getattr(settings, name, None) for name in ("base", "adapter", "data", "pool")}
-    other = [f"--{name} {before[name]}" for name in now if before.get(name) not in (None, now[name])]
-    if other:
-        print(f"({settings.out_dir} holds a run with {', '.join(other)}, which this run replaces; Ctrl-C now "
-              "keeps it, another --out_dir keeps both)", flush=True)
-
-
-def run_record(settings, data: Path, base_id: str) -> dict:
-    """For run.json beside every output: the same settings, versions and files on the same machine give the
-    same bits. Nothing in it depends on the time. What it replaces there is said."""
-    if os.environ.get("RANK", "0") == "0" and not getattr(settings, "resume", False):
-        say_replaced(settings)
-    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-                         cwd=Path(__file__).parent, capture_output=True, text=True
-                         ) if shutil.which("git") else None
-    return {"settings": dataclasses.asdict(settings), "base_id": base_id,
-            "commit": git.stdout.strip() if git else "",
-            "versions": {"python": sys.version.split()[0]} | {
-                name: version(name) for name in ("torch", "safetensors", "tiktoken", "numpy")},
-            "data": {file.name: sha256(file.read_bytes()).hexdigest()
-                     for file in sorted(data.glob("*.jsonl"))}}
-
-
-# ---- the machine -----------------------------------------------------------------------------------------
-
-def pick_device(device: str, dtype: str = "auto") -> tuple[str, torch.dtype]:
-    """What --device and --dtype mean on this machine. "auto" is cuda where there is one, and bfloat16 where
-    the processor multiplies it natively: emulated bf16 is several times slower than float32."""
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device) or dtype not in ("auto", "bfloat16", "float32"):
-        raise ValueError(f"--device {device} --dtype {dtype}: choose auto, cpu, cuda or mps, and auto, "
-                         "bfloat16 or float32.")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, number = device.partition(":")
-    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if int(number or 0) >= there[kind]:
-        raise ValueError(f"--device {device}: this machine (or this PyTorch) has none; choose cpu.")
-    if dtype == "auto":
-        cpu = torch.cpu.get_capabilities() if device == "cpu" else {}
-        # is_bf16_supported() is true where bf16 is emulated (a T4); native it is from capability 8.0 on
-        native = torch.cuda.get_device_capability(device) >= (8, 0) if "cuda" in device else (
-            cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
-        dtype = "bfloat16" if native else "float32"
-    return device, getattr(torch, dtype)
-
-
-def join_torchrun(device: str) -> tuple[int, int, str]:
-    """(rank, world, device): which of torchrun's processes this is, of how many, and where it computes.
-    Without torchrun: process 0 of 1."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
-        if rank:
-            # process 0 prints, fetches, logs and saves for all
-            sys.stdout = open(os.devnull, "w", encoding="utf-8")
-    return rank, world, device
-
-
-@contextmanager
-def main_process_first(rank: int, world: int) -> Iterator[None]:
-    """Process 0 goes through the body before the others, who then find what it has fetched."""
-    if rank:
-        dist.barrier()
-    yield
-    if world > 1 and rank == 0:
-        dist.barrier()

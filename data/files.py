@@ -186,37 +186,6 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict | None =
                     new.write_bytes(content)
 
 
-# ---- the state of a training run -----------------------------------------------------------------------
-
-def save_state(file: Path, optimizer: torch.optim.Optimizer, names: dict[Tensor, str], progress: list[float],
-               signature: dict) -> None:
-    """Weights, AdamW's moments and progress in one file, so a killed run never mixes two steps."""
-    tensors = {"progress": torch.tensor(progress, dtype=torch.float64)}
-    for p, moments in optimizer.state.items():
-        tensors |= {f"{key}.{names[p]}": value for key, value in ({"weight": p} | moments).items()}
-    save_tensors(tensors, file, {key: json.dumps(value) for key, value in signature.items()})
-
-
-def load_state(file: Path, optimizer: torch.optim.Optimizer, names: dict[Tensor, str],
-               signature: dict) -> list[float]:
-    """Restores what save_state wrote and returns the progress. signature: what both runs must have in common,
-    so that the resumed one ends in the same bits on the same machine."""
-    made = read_metadata(file)
-    if changed := [key for key, value in signature.items() if made.get(key) != json.dumps(value)]:
-        raise ValueError(f"{file}: the run to resume had other settings for {changed}; use the same ones, or "
-                         "another --out_dir.")
-    params, wanted = optimizer.param_groups[0]["params"], {"progress": torch.zeros(3)}
-    for p in params:
-        wanted |= {f"{key}.{names[p]}": p for key in ("weight", "exp_avg", "exp_avg_sq")}
-        wanted[f"step.{names[p]}"] = torch.zeros(())
-    tensors = dict(read_tensors([file], wanted, "train without --resume"))
-    for p in params:
-        p.data.copy_(tensors[f"weight.{names[p]}"])
-        optimizer.state[p] = {key: tensors[f"{key}.{names[p]}"].to("cpu" if key == "step" else p.device)
-                              for key in ("step", "exp_avg", "exp_avg_sq")}
-    return tensors["progress"].tolist()
-
-
 # ---- folders ---------------------------------------------------------------------------------------------
 
 @contextmanager

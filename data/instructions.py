@@ -1,7 +1,7 @@
-"""Records -> prompt text -> token ids with their loss mask -> batches.
+"""The template: records -> prompt text -> token ids with their loss mask; and where an answer ends.
 
-A record is Alpaca's {"instruction", "input", "output"} plus an optional "task" name. A *prompt* is a record
-of the pool, with its answer; the user's request is the *query*. PILLOW puts prompts before it (section 3):
+A *prompt* is a record of the pool, with its answer; the user's request is the *query*. PILLOW puts prompts
+before it (section 3):
 
     ### Instruction: ...  ### Input: ...  ### Response: an answer       <- m prompts, each a whole block
     ### Instruction: ...  ### Input: ...  ### Response:                 <- the query; the model continues
@@ -9,100 +9,24 @@ of the pool, with its answer; the user's request is the *query*. PILLOW puts pro
 Every segment (a block, the query, the answer) is tokenised separately and the ids are joined. So the answer's
 mask is exact, a prompt has the same ids before any query, and the first one has the same KV cache.
 
+A record is an instruction, maybe an input, and an output (data/records.py).
 Simplified: Alpaca's section headers without its two-sentence preamble, which would be half of a short record.
 
-Try: python -c "from data.instructions import *; print(read_records('data/example_pool.jsonl')[0])"
+Try: python -c "from data.instructions import *; print(query_text({'instruction': 'Greet me.', 'input': ''}))"
 """
-import json
 import re
-import unicodedata
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor
+from data.records import Record, read_records
+from data.tokenizer import Tokenizer
 
-from data.tokenizer import LONGEST_TEXT, Tokenizer
-
-FIELDS = ("task", "instruction", "input", "output")
 TEMPLATE = "alpaca-headers-2"  # stored with every adapter: a model tuned on another template answers badly
 BLOCK_END = "\n\n"  # between a prompt's answer and the next block
 NEXT_BLOCK = "### Instruction:\n"  # at the start of a line it ends an answer; a heading of its own does not
-# Scripts without blanks between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese.
-NO_BLANKS = ("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-             "\U00020000-\U0003ffff]")
-Record = dict[str, str]
 
 
-# ---- records ---------------------------------------------------------------------------------------------
-
-def check_record(item: object, where: str) -> Record:
-    """`item` as a record with all four fields, or a ValueError that starts with `where` ("file:line")."""
-    if not isinstance(item, dict):
-        raise ValueError(f"{where}: a record must be a JSON object with instruction, input and output, but "
-                         f"it is a {type(item).__name__}.")
-    record = {}
-    for field in FIELDS:
-        needed, value = field in ("instruction", "output"), item.get(field)
-        if needed and field not in item:
-            raise ValueError(f"{where}: field '{field}' is missing; found {sorted(item)[:9]}. Write "
-                             "each record as an instruction and an output, maybe with an input and a task.")
-        value = "" if value in (None, [], {}) and not needed else value  # null and empty mean absent
-        if not isinstance(value, str):
-            raise ValueError(f"{where}: field '{field}' must be text, but it is {json.dumps(value)[:60]}.")
-        if needed and not value.strip():
-            raise ValueError(f"{where}: field '{field}' is empty; write it or remove the record.")
-        if len(value) > LONGEST_TEXT:
-            raise ValueError(f"{where}: field '{field}' has {len(value):,} characters; shorten it.")
-        if re.search("[\ud800-\udfff]", value):  # a JSON escape can hold one, a UTF-8 file cannot
-            raise ValueError(f"{where}: field '{field}' has half a surrogate pair; remove that character.")
-        record[field] = value
-    return record
-
-
-def read_records(path: str | Path) -> list[Record]:
-    """The records of a JSON array or of JSON lines, told apart by content; a BOM and CRLF do no harm.
-
-    FileNotFoundError, or ValueError that names file:line (in an array: the number of the record) of each that
-    is wrong. Other fields are counted and left out.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file; give a .json or .jsonl file of instruction records.")
-    raw, found, n = path.read_bytes(), [], 1
-    try:
-        text = raw.decode("utf-8-sig")
-        if text.lstrip().startswith("["):
-            found = [(f"{path}: record {i}", item) for i, item in enumerate(json.loads(text), 1)]
-        else:
-            for n, line in enumerate(text.split("\n"), 1):  # TRAP: splitlines() would cut at U+2028 too
-                if line.strip():
-                    found.append((f"{path}:{n}", json.loads(line)))
-    except UnicodeDecodeError as error:
-        n += raw[:error.start].count(b"\n")
-        raise ValueError(f"{path}:{n}: not UTF-8 text ({error.reason}); save the file as UTF-8.") from None
-    except (ValueError, RecursionError) as error:  # RecursionError: a thousand brackets; it has no lineno
-        raise ValueError(f"{path}:{n + getattr(error, 'lineno', 1) - 1}: not valid JSON ({error}); write one "
-                         "record a line, or one JSON array.") from None
-    if not found:
-        raise ValueError(f"{path}: no record in this file; write one a line.")
-    records, wrong, dropped = [], {}, Counter()
-    for where, item in found:
-        try:
-            records.append(check_record(item, where))
-            dropped.update(field for field, value in item.items() if field not in FIELDS and value)
-        except ValueError as error:
-            wrong[where.removeprefix(f"{path}:").strip()] = str(error)
-    if wrong:
-        first, *more = wrong
-        raise ValueError(wrong[first] + bool(more) * f" {len(more)} more are wrong: {', '.join(more[:30])}"
-                         + ", ..." * (len(more) > 30))
-    if dropped:
-        print(f"({path}: fields that are not used: "
-              + ", ".join(f"'{field}' of {n} records" for field, n in dropped.most_common(9)) + ")")
-    return records
-
+# ---- records that fit --------------------------------------------------------------------------------------
 
 def read_fitting(path: Path, tokenizer: Tokenizer, max_length: int, answered: bool = True) -> list[Record]:
     """read_records without those longer than max_length tokens (question, and answer if `answered`)."""
@@ -184,20 +108,6 @@ def training_example(tokenizer: Tokenizer, records: Sequence[Record],
     return ids, targets
 
 
-def say_cut_samples(samples: Sequence[Sequence[int]], lengths: Sequence[int], between: int,
-                    max_length: int) -> None:
-    """Says how many records training_example will leave out. lengths: each record's own; between: what two in
-    a row add to that (BLOCK_END, less a second bos)."""
-    cut = 0
-    for sample in samples:
-        total = sum(lengths[i] for i in sample) + between * (len(sample) - 1)
-        for i in sample[:-1]:
-            cut, total = cut + (total > max_length), total - (lengths[i] + between) * (total > max_length)
-    if cut:
-        print(f"({cut} of {sum(map(len, samples))} places in the samples are left out: a sample has at most "
-              f"{max_length} tokens; lower --shots)")
-
-
 def clean_answer(tokenizer: Tokenizer, ids: list[int]) -> str:
     """Generated ids -> the answer: what stands before an end token and before the template's next block."""
     end = next((i for i, token in enumerate(ids) if token in tokenizer.ends), len(ids))
@@ -208,34 +118,3 @@ def clean_answer(tokenizer: Tokenizer, ids: list[int]) -> str:
 def at_next_block(tokenizer: Tokenizer, ids: list[int]) -> bool:
     """Whether generated ids have gone on to the template's next block: the answer is over."""
     return re.search(f"(?m)^{NEXT_BLOCK}", tokenizer.decode(ids)) is not None
-
-
-def words(text: str) -> list[str]:
-    """The words that scores compare, in lower case: runs of letters, marks and digits of any script. Where a
-    script has no blanks each character is a word; a text of symbols only is cut at its blanks."""
-    text = re.sub(NO_BLANKS, r" \g<0> ", unicodedata.normalize("NFC", text.lower()))
-    found = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text).split()
-    return found or text.split()
-
-
-# ---- batches ---------------------------------------------------------------------------------------------
-
-def length_sorted_batches(lengths: Sequence[int], batch_size: int,
-                          generator: torch.Generator | None = None) -> list[list[int]]:
-    """Indices in batches of near-equal length, so that hardly anything is padding. With a generator, equal
-    lengths are shuffled among themselves, and so is the order of the batches."""
-    def order(n: int) -> list[int]:
-        return list(range(n)) if generator is None else torch.randperm(n, generator=generator).tolist()
-    rows = sorted(order(len(lengths)), key=lambda i: lengths[i])  # stable: the shuffle decides among equals
-    batches = [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
-    return [batches[i] for i in order(len(batches))]
-
-
-def collate(examples: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
-    """Training examples -> ids (B, T) and targets (B, T), padded at the right; -1: no loss.
-
-    The pad id is never looked at: causal attention cannot see to the right, and its targets are -1.
-    """
-    ids, targets = ([torch.tensor(row) for row in rows] for rows in zip(*examples, strict=True))
-    pad = torch.nn.utils.rnn.pad_sequence
-    return pad(ids, batch_first=True), pad(targets, batch_first=True, padding_value=-1)

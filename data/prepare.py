@@ -21,12 +21,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # else it looks in data/
 
-from data.cli import cli, command, opt  # noqa: E402
+from data.cli import cli, opt  # noqa: E402
 
 from data import download  # noqa: E402
 from data.base_model import ensure_base, read_config  # noqa: E402
-from data.files import atomic_replace, read_json, scratch_folder  # noqa: E402
-from data.instructions import FIELDS, read_records  # noqa: E402
+from data.files import atomic_replace, scratch_folder  # noqa: E402
+from data.records import FIELDS, read_records  # noqa: E402
+from data.runs import command  # noqa: E402
 from data.styles import HELD_OUT, KINDS  # noqa: E402
 from data.styles import records as house_styles  # noqa: E402
 
@@ -205,30 +206,6 @@ def ensure_data(data: str) -> Path:
         atomic_replace(folder, target)
     print(f"{data}: {', '.join(f'{len(records):,} {name}' for name, records in splits.items())} records")
     return target
-
-
-def seen_by(run: Path, part: str, data: Path, queries: dict[str, list[dict]]) -> set[str]:
-    """The tasks of the records (`part` of its data) on which the run in this folder was trained, if of ours.
-
-    Says if that was another data set than `data`, and how many of `queries` were among those records.
-    """
-    if not (run / "run.json").exists():
-        return set()
-    digest = read_json(run / "run.json", data=dict)["data"].get(f"{part}.jsonl")
-    files = [file for file in (data / f"{part}.jsonl", *download.DATA.glob(f"*/{part}.jsonl"))
-             if file.is_file() and sha256(file.read_bytes()).hexdigest() == digest]
-    if not files:
-        print(f"({run} was trained on other data, which is gone: it may have seen these queries)")
-        return set()
-    if files[0].parent != data:
-        print(f"({run} was trained on {files[0].parent}, not on {data})")
-    records = read_records(files[0])
-    known = {(record["instruction"], record["input"]) for record in records}
-    for split, asked in queries.items():
-        if n := sum((query["instruction"], query["input"]) in known for query in asked):
-            print(f"({n} of {len(asked)} {split} queries were in the training part of {run}: its answers to "
-                  "them prove nothing)")
-    return {record["task"] for record in records} - {""}
 
 
 # ---- the command line ------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ from tempfile import TemporaryDirectory
 from textwrap import fill
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # here are tests; model.py, lora.py .. one up
-from data.cli import cli, opt, pick_device
+from data.cli import cli, opt
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +54,10 @@ import train_rl
 import train_sft
 from data import instructions as text
 from data.base_model import ensure_base, fingerprint
+from data.device import pick_device
 from data.prepare import ensure_data
+from data.records import read_records
+from data.samples import collate, length_sorted_batches, micro_batches
 from data.styles import KINDS
 from data.styles import records as house_styles
 from data.tokenizer import Tokenizer
@@ -181,7 +184,7 @@ class Bench:
 
     def draw(self, split: str, n: int = 0) -> list[text.Record]:
         """n records of a split at random, or all of it."""
-        records = text.read_records(self.data / f"{split}.jsonl")
+        records = read_records(self.data / f"{split}.jsonl")
         return random.Random(self.s.seed).sample(records, n) if n else records
 
     @cached_property
@@ -265,7 +268,7 @@ def our_step(b: Bench, how: str, examples: list) -> Callable[[], float]:
         lora.quantize(model)
     if not full:
         lora.add_lora(model, 8, 16.0, generator=torch.Generator().manual_seed(b.s.seed))
-    batches = train_sft.micro_batches(examples, train_sft.Settings().micro_tokens)
+    batches = micro_batches(examples, train_sft.Settings().micro_tokens)
     return training_step(b, model, train_sft.answer_loss, batches, full and b.dtype != torch.float32)
 
 
@@ -279,7 +282,7 @@ def peft_step(b: Bench, model, attention: str, rows: int, autocast: bool) -> Cal
     """PEFT, `rows` records at a time, with loss on the same tokens."""
     examples, batches = sft_examples(b), []
     for part in (examples[i:i + rows] for i in range(0, 16, rows)):
-        ids, targets = text.collate(part)
+        ids, targets = collate(part)
         mask = torch.stack([torch.arange(ids.size(1)) < len(example) for example, _ in part]).long()
         labels = F.pad(targets, (1, -1), value=-1)  # it shifts by itself: ours is taken back
         batches.append((ids, mask, labels.masked_fill(labels < 0, -100)))
@@ -374,7 +377,7 @@ def peer_answers(b: Bench, peer, prompts: list[list[int]], size: int) -> list[st
     stop = torch.tensor(b.tokenizer.encode(text.NEXT_BLOCK), device=b.device)
     def ends(ids: torch.Tensor, _scores, **_) -> torch.Tensor:  # as in ours, the next block ends an answer
         return (ids[:, -len(stop):] == stop).all(1)
-    for batch in text.length_sorted_batches([len(p) for p in prompts], size):
+    for batch in length_sorted_batches([len(p) for p in prompts], size):
         width = max(len(prompts[i]) for i in batch)
         ids = torch.tensor([[0] * (width - len(prompts[i])) + prompts[i] for i in batch])
         mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
@@ -396,8 +399,9 @@ def environments(b: Bench, model: llama.Transformer, pool: list[text.Record], na
 
 
 def rollouts(b: Bench) -> None:
-    """Two steps' rollouts through the environment of train_rl.py, nothing known before: m = 2 from a pool of
-    50, and what users run by default, m = 1 from the whole pool.
+    """Two steps' rollouts through the environment of train_rl.py: m = 2 from a pool of 50, nothing known
+    before; and what users run by default, m = 1 from the whole pool. There the prompts' keys and values are
+    known, as after a run's first steps; a row says what they cost.
 
     Ours includes scoring the answers, which the peers do not do. They get the same weights and prompts.
     """
@@ -418,6 +422,13 @@ def rollouts_of(b: Bench, model: llama.Transformer, peer, m: int, size: int, goa
     asked = [q for q in range(len(queries)) for _ in range(s.samples)]
     jobs = list(dict.fromkeys(zip(asked, map(tuple, picks.tolist()), strict=True)))  # each pair once
     fresh = environments(b, model, pool, f"rollouts{m}-")
+    if not size:
+        for env in fresh:  # filled by the turn that is not counted
+            env.prefixes = fresh[0].prefixes
+        groups = [[fresh[0].blocks[j] for j in group] for group in fresh[0].groups[::10]]
+        took = alternate({"": lambda: [llama.prefill(model, group) for group in groups]}, 1)[""]
+        b.add(f"a prompt's keys and values, once a run, pool of {len(pool)}", "ms a prompt",
+              1000 * took / sum(map(len, groups)))
     answers: dict[str, list[str]] = {}
     def ours() -> None:
         entries = fresh.pop().scores([queries[q] for q, _ in jobs], [picks for _, picks in jobs])
@@ -435,8 +446,9 @@ def rollouts_of(b: Bench, model: llama.Transformer, peer, m: int, size: int, goa
                  for way, goal in zip(("one by one", best), goals, strict=True)}
     rate = {name: count[name] / seconds for name, seconds in alternate(ways, b.s.repeats).items()}
     for name, (against, goal) in peers.items():
-        b.add(f"RL rollouts, m = {m}, pool of {len(pool)}, cold cache, {len(jobs)} of up to "
-              f"{b.s.max_new_tokens} tokens", "rollouts/s", rate["ours"], against, rate.get(name), goal)
+        known = "nothing" if size else "prompts"
+        b.add(f"RL rollouts, m = {m}, pool of {len(pool)}, {len(jobs)} of up to {b.s.max_new_tokens} tokens, "
+              f"{known} known before", "rollouts/s", rate["ours"], against, rate.get(name), goal)
     if "peer" in answers:
         same = sum(x == y for x, y in zip(answers["ours"], answers["peer"], strict=True)) / len(jobs)
         print(f"  {same:.0%} of the answers are the same as transformers'")

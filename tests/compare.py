@@ -24,19 +24,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this is tests/; the scripts lie above it
-from data.cli import cli, ignored, opt, pick_device
+from data.cli import cli, opt
 
 import torch
 from torch import Tensor
 
 import matcher as matching
 from data.base_model import ensure_base
+from data.device import pick_device
 from data.files import lock_folder, read_json, save_json
-from data.instructions import TEMPLATE, Record, query_text, read_records, say_long_answers, words
-from data.prepare import ensure_data, seen_by
+from data.instructions import TEMPLATE, query_text, say_long_answers
+from data.prepare import ensure_data
+from data.records import Record, read_records
+from data.runs import ignored, seen_by
+from data.scores import interval, words
 from data.tokenizer import Tokenizer
 from lora import load_tuned
-from train_rl import Environment, interval, load_queries
+from train_rl import Environment, load_queries
 
 
 @dataclass

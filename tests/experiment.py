@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this is tests/; the scripts lie above it
-from data.cli import cli, opt, pick_device
+from data.cli import cli, opt
 
 import torch
 from compare import LPR, is_wrong, marks_of, plausible_scores
@@ -27,9 +27,11 @@ from torch import Tensor
 import matcher as matching
 import train_rl
 from data.base_model import ensure_base
+from data.device import pick_device
 from data.files import open_tensors, save_tensors
-from data.instructions import TEMPLATE, Record
+from data.instructions import TEMPLATE
 from data.prepare import ensure_data
+from data.records import Record
 from data.tokenizer import Tokenizer
 from lora import load_tuned
 

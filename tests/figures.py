@@ -26,6 +26,7 @@ from torch import Tensor
 import train_rl
 from data.files import read_json
 from data.prepare import TASKS
+from data.scores import interval
 
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#777777"
 
@@ -261,7 +262,7 @@ def draw_shares(folders: dict[float, str], out: Path) -> None:
     rows = (("no prompt", GREY, "s-"), ("nearest", RED, "v-"), (LPR, ORANGE, "o-"), ("learned", BLUE, "D-"))
     for n, (name, color, style) in enumerate(rows):
         scores = [torch.tensor(table[name]) for table in tables.values()]
-        mean, low, high = torch.tensor([train_rl.interval(score) for score in scores]).T  # (S) each, S shares
+        mean, low, high = torch.tensor([interval(score) for score in scores]).T  # (S) each, S shares
         at = [x + 0.6 * (n - 1.5) for x in tables]  # side by side, so that no interval hides another
         axes[0].errorbar(at, mean, yerr=torch.stack((mean - low, high - mean)), fmt=style, color=color,
                          capsize=3, label=name)

@@ -16,18 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this is tests/; the scripts lie above it
-from data.cli import cli, opt, pick_device
+from data.cli import cli, opt
 
 import torch
 
 import matcher as matching
 from data.base_model import ensure_base
+from data.device import pick_device
 from data.download import DATA
 from data.files import save_json
-from data.instructions import TEMPLATE, Record, read_records
+from data.instructions import TEMPLATE
+from data.records import Record, read_records
+from data.scores import interval
 from data.tokenizer import Tokenizer
 from lora import load_tuned
-from train_rl import Environment, interval
+from train_rl import Environment
 
 STYLED = ("house dates", "meeting times", "names", "order codes", "phone numbers", "amounts of money")
 

@@ -419,7 +419,7 @@ TABLE = {  # what it is: (command, damage, what the sentence must say)
     "int8 a text": (RL, fields(OURS, int8="no"), "field 'int8' must be bool, but it is \"no\""),
     # ---- matcher
     "no matcher to compare": (COMPARE, nothing, "matcher.json is missing; run python train_rl.py first"),
-    "matcher of another model": (ASK + "--adapter none", nothing, "was trained on embeddings of model"),
+    "matcher of another model": (ASK + "--adapter none", nothing, "was trained for another base or adapter"),
     "and the way out": (ASK + "--adapter none", nothing, "or take the nearest prompts with --matcher none"),
     "matcher of another width": (ASK, narrow, "embeddings of width 24, but the model's have 96; train"),
     "matcher truncated": (ASK, cut(MATCHER, -5), "matcher.safetensors: broken safetensors file"),
@@ -478,7 +478,7 @@ TABLE = {  # what it is: (command, damage, what the sentence must say)
     # ---- the state to resume from
     "nothing to resume": (SFT + "--resume", nothing, "out: there is no run to resume; run it without"),
     "the state of something else": (SFT + "--out_dir sft --resume", lambda home, _: shutil.copy(
-        home / ADAPTER, home / "sft/state.safetensors"), "the run to resume had other settings for ["),
+        home / ADAPTER, home / "sft/state.safetensors"), "the run to resume had other settings (base, "),
     "a state truncated": (SFT + "--resume", several(state(nothing), cut("out/state.safetensors", -3)),
                           "state.safetensors: broken safetensors file"),
     **group(SFT + "--resume --max_steps 2", state, {
@@ -527,7 +527,8 @@ SAID = {  # what is taken, with a word about it
         RL, nothing, "next: python sample.py --base base --adapter sft --device cpu --matcher out "
                      "--prompt \"...\" (or python tests/compare.py --base base --adapter sft --data mine."),
     "not tuned yet": (ASK + "--adapter gone --no_match", nothing, "to tune it, run python train_sft.py"),
-    "a run that is not resumed": (SFT, state(lambda _: None), "(out holds a run, which this one replaces;"),
+    "a run that is not resumed": (SFT, state(lambda _: None), "(out holds a run, which this run replaces; "
+                                                              "Ctrl-C now keeps it, --resume goes on with"),
     "another run's folder": (RL, lambda home, _: (
         (home / "out").mkdir(), (home / "out/run.json").write_text('{"settings": {"data": "bigbench"}}')),
         "(out holds a run with --data bigbench, which this run replaces; Ctrl-C now"),

@@ -12,7 +12,8 @@ import tiny
 
 import lora
 import model as llama
-from data.instructions import prompt_ids, read_records
+from data.instructions import prompt_ids
+from data.records import read_records
 from data.tokenizer import Tokenizer
 
 

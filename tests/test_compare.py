@@ -7,8 +7,6 @@ import json
 import math
 import random
 
-from data.cli import run_record
-
 import compare
 import pytest
 import tiny
@@ -16,9 +14,11 @@ import torch
 
 import matcher as matching
 import train_rl
-from data import download, prepare
+from data import download, prepare, runs
 from data.files import lock_folder, save_json
-from data.instructions import read_records
+from data.records import read_records
+from data.runs import read_rewards, run_record, seen_by
+from data.scores import interval
 
 # ---- the selectors -----------------------------------------------------------------------------------------
 
@@ -81,12 +81,12 @@ def test_the_plausible_are_told_by_their_neighbours():
 def test_an_interval_is_a_bootstraps():
     """Mean and 95% interval in points: 1.96 standard errors either way, where there are many differences."""
     gaps = torch.randn(2000, generator=torch.Generator().manual_seed(1)) * 0.3 + 0.05
-    mean, low, high = train_rl.interval(gaps)
+    mean, low, high = interval(gaps)
     error = 100 * gaps.std().item() / 2000**0.5
     assert mean == pytest.approx(100 * gaps.mean().item(), abs=0.01)
     assert [mean - low, high - mean] == pytest.approx([1.96 * error] * 2, rel=0.08)
     assert compare.interval_over_runs(gaps[None]) == [mean, low, high]
-    assert train_rl.interval(torch.tensor([0.4])) == [40, -100, 100]  # one query says nothing about others
+    assert interval(torch.tensor([0.4])) == [40, -100, 100]  # one query says nothing about others
 
 
 def test_an_interval_over_runs_draws_runs_and_queries():
@@ -99,7 +99,7 @@ def test_an_interval_over_runs_draws_runs_and_queries():
     assert mean == pytest.approx(100 * gaps.mean().item(), abs=0.01)
     assert [mean - low, high - mean] == pytest.approx([1.96 * error] * 2, rel=0.08)
     same = of_query.expand(5, -1)  # runs that agree add nothing
-    assert compare.interval_over_runs(same)[1:] == pytest.approx(train_rl.interval(of_query)[1:], abs=0.4)
+    assert compare.interval_over_runs(same)[1:] == pytest.approx(interval(of_query)[1:], abs=0.4)
 
 
 def test_figures_by_hand():
@@ -260,7 +260,7 @@ def test_the_table_agrees_with_train_rls_and_is_repeated_from_the_file(run, home
     for matcher in ("plain", "own"):
         weights = (home / matcher / "matcher.safetensors").read_bytes()
         of_rl = json.loads((home / matcher / "table.json").read_text())["rows"]
-        known = train_rl.read_rewards(home / matcher / "rewards.jsonl").keys()
+        known = read_rewards(home / matcher / "rewards.jsonl").keys()
         envs, table = run(matcher)
         rows, test = table["rows"], table["queries"]
         assert list(rows) == [*compare.SELECTORS, OTHERS[0], "best of LoRA's"]
@@ -349,7 +349,7 @@ def test_groups_are_what_the_data_has(run, home, tmp_path, monkeypatch, what):
         plain = tiny.write_records(tmp_path / "plain.jsonl", [r | {"task": ""} for r in tiny.records(60)])
         flags = {"data": str(plain)}
     else:
-        monkeypatch.setattr(prepare, "read_records", lambda path: [
+        monkeypatch.setattr(runs, "read_records", lambda path: [
             r for r in found(path) if r["task"] == "loud"])
     envs, table = run(matcher, **flags)
     assert ("base, no prompt" in table["rows"]) == (what != "no adapter")
@@ -369,17 +369,17 @@ def test_seen_is_what_that_fine_tuning_saw(home, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(download, "DATA", home / "data")
     first = next((home / "data").glob("own-mine-*"))
     found = {split: read_records(first / f"{split}.jsonl") for split in ("sft", "test")}
-    assert prepare.seen_by(home / "sft", "sft", first, {"test": found["test"]}) == {"loud", "tag"}
+    assert seen_by(home / "sft", "sft", first, {"test": found["test"]}) == {"loud", "tag"}
     assert capsys.readouterr().out == ""
     mixed = {"rl": found["sft"][:3] + found["test"], "test": found["test"]}
-    assert prepare.seen_by(home / "sft", "sft", home / "data/grown", mixed) == {"loud", "tag"}
+    assert seen_by(home / "sft", "sft", home / "data/grown", mixed) == {"loud", "tag"}
     assert capsys.readouterr().out.split("\n")[:-1] == [
         f"({home / 'sft'} was trained on {first}, not on {home / 'data/grown'})",
         f"(3 of 9 rl queries were in the training part of {home / 'sft'}: its answers to them prove nothing)"]
     monkeypatch.setattr(download, "DATA", tmp_path)
-    assert prepare.seen_by(home / "sft", "sft", tmp_path / "grown", mixed) == set()
+    assert seen_by(home / "sft", "sft", tmp_path / "grown", mixed) == set()
     assert "which is gone: it may have seen these queries" in capsys.readouterr().out
-    assert prepare.seen_by(home / "base", "sft", first, mixed) == set() and not capsys.readouterr().out
+    assert seen_by(home / "base", "sft", first, mixed) == set() and not capsys.readouterr().out
 
 
 def test_the_matchers_folder_is_locked(run, home, tmp_path):

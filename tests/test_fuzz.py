@@ -24,7 +24,8 @@ import torch
 import lora
 import model as llama
 from data import base_model, download
-from data.instructions import TEMPLATE, read_records
+from data.instructions import TEMPLATE
+from data.records import read_records
 from data.tokenizer import Tokenizer
 
 SECONDS, MEMORY = 5, 1 << 30  # for one file, on top of what the process has

@@ -11,19 +11,16 @@ import torch
 from data.instructions import (
     BLOCK_END,
     at_next_block,
-    check_record,
     clean_answer,
-    collate,
     join_ids,
-    length_sorted_batches,
     prompt_ids,
     query_text,
     read_fitting,
-    read_records,
-    say_cut_samples,
     say_long_answers,
     training_example,
 )
+from data.records import check_record, read_records
+from data.samples import collate, length_sorted_batches, say_cut_samples
 
 EOS, BOS, END = 256, 257, 258
 

@@ -9,7 +9,7 @@ import own_pool
 import tiny
 
 from data.download import DATA
-from data.instructions import read_records
+from data.records import read_records
 
 
 def test_the_example_pool_and_its_queries():

@@ -32,7 +32,7 @@ import transformers
 import sample
 import train_rl
 import train_sft
-from data import base_model, cli, download, prepare
+from data import base_model, cli, device, download, prepare, runs
 
 TASKS, SPLITS = prepare.TASKS, ("sft", "pool", "rl", "val", "test")
 
@@ -651,7 +651,8 @@ def test_cli_help(monkeypatch, capsys, settings, main, doc):
     out, (first, _, rest) = " ".join(capsys.readouterr().out.split()), doc.strip().partition("\n\n")
     assert exit.value.code == 0 and first in out
     for field in dataclasses.fields(settings):
-        assert f"--{field.name}" in out and f"{field.metadata['help']} (default: {field.default})" in out
+        default = f" (default: {field.default})" if field.default != "" else " "
+        assert f"--{field.name}" in out and f"{field.metadata['help']}{default}" in out
     for line in filter(str.strip, rest.splitlines()):
         assert (" ".join(line.split()) in out) == line.startswith(("    python ", "    torchrun "))
 
@@ -748,12 +749,12 @@ def test_the_next_command_carries_this_runs_flags(monkeypatch, tmp_path):
     s = train_sft.Settings(base="my base", data="mine.jsonl", out_dir="out/x", device="cpu")
     monkeypatch.setattr(cli, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
-    assert cli.command("train_rl.py", s, "base data seed", adapter=s.out_dir) == (
+    assert runs.command("train_rl.py", s, "base data seed", adapter=s.out_dir) == (
         "python train_rl.py --base 'my base' --data mine.jsonl --adapter out/x")
     (tmp_path / "a").mkdir()
     monkeypatch.chdir(tmp_path / "a")
     plain = train_sft.Settings(out_dir=f"{tmp_path}/out/sft")
-    assert cli.command("train_rl.py", plain, "base data", adapter=plain.out_dir) == (
+    assert runs.command("train_rl.py", plain, "base data", adapter=plain.out_dir) == (
         f"python {tmp_path}/train_rl.py")
 
 
@@ -763,7 +764,7 @@ def test_bfloat16_only_where_a_gpu_has_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for capability, dtype in (((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, of=capability: of)
-        assert cli.pick_device("auto") == ("cuda", dtype) and cli.pick_device("cuda:1")[1] == dtype
+        assert device.pick_device("auto") == ("cuda", dtype) and device.pick_device("cuda:1")[1] == dtype
 
 
 def test_the_oldest_python_on_which_the_pins_install():

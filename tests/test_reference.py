@@ -18,7 +18,9 @@ import lora
 import model as llama
 import train_sft
 from data import download, prepare
-from data.instructions import collate, join_ids, query_text, read_records, training_example
+from data.instructions import join_ids, query_text, training_example
+from data.records import read_records
+from data.samples import collate
 from model import generate
 
 pytestmark = pytest.mark.slow

@@ -156,7 +156,7 @@ def test_a_full_context_leaves_the_farthest_prompts_out(run):
 
 
 def test_matcher_of_another_model_is_refused(run):
-    with pytest.raises(ValueError, match="train again"):
+    with pytest.raises(ValueError, match="train it again"):
         run(adapter="none")  # its embeddings are others
 
 

@@ -20,9 +20,12 @@ import matcher as matching
 import model as llama
 import train_rl
 from data import download
-from data.instructions import at_next_block, clean_answer, join_ids, query_text, read_records, words
+from data.instructions import at_next_block, clean_answer, join_ids, query_text
+from data.records import read_records
+from data.runs import read_rewards
+from data.scores import rouge_l, words
 from data.tokenizer import Tokenizer
-from train_rl import Environment, Settings, leave_one_out, rouge_l
+from train_rl import Environment, Settings, leave_one_out
 
 
 def same(a, b):
@@ -342,8 +345,8 @@ def test_a_torn_line_is_computed_again(environment, tmp_path):
     assert middle.scores(QUERIES, PICKS) == wanted and middle.computed == 4
     entries = json.loads(lines[0])
     path.write_text(json.dumps([entries[0], entries[1] | {"rouge": 10**400}]))  # more than a float can hold
-    assert environment().known == train_rl.read_rewards(path) == {}
-    assert train_rl.read_rewards(tmp_path / "none.jsonl") == {}
+    assert environment().known == read_rewards(path) == {}
+    assert read_rewards(tmp_path / "none.jsonl") == {}
 
 
 def test_the_key_holds_all_that_an_answer_depends_on(environment):
@@ -512,4 +515,4 @@ def test_two_processes_are_one(run, tmp_path):
         assert (a / name).read_bytes() == (b / name).read_bytes()
     rows = [strict((folder / "table.json").read_text())["rows"] for folder in (a, b)]
     assert rows[0] == rows[1]
-    assert len(train_rl.read_rewards(a / "rewards.jsonl")) > 30
+    assert len(read_rewards(a / "rewards.jsonl")) > 30

@@ -18,9 +18,10 @@ import lora
 import model as llama
 import train_sft
 from data import cli, download, files
-from data.instructions import TEMPLATE, collate, join_ids, query_text, training_example
+from data.instructions import TEMPLATE, join_ids, query_text, training_example
+from data.samples import collate, deal, marked, micro_batches, plan_steps, related_records
 from data.tokenizer import Tokenizer
-from train_sft import Settings, answer_loss, deal, marked, micro_batches, plan_steps, related_records
+from train_sft import Settings, answer_loss
 
 SMALL = {"r": 4, "shots": 1, "batch_size": 2, "epochs": 2, "lr": 1e-2, "device": "cpu", "dtype": "float32"}
 IDS = torch.arange(5, 45)[None]
@@ -67,7 +68,8 @@ def test_the_plan_depends_on_its_arguments_alone():
         random.seed(len(changes))  # the global generators must not matter
         torch.manual_seed(len(changes))
         s = Settings(**{"batch_size": 4, "shots": 2, "epochs": 2} | changes)
-        return plan_steps(records, related_records(records), lengths, s)
+        return plan_steps(records, related_records(records), lengths, s.shots, s.batch_size,
+                          s.epochs, s.seed)
     steps = plan()
     assert plan() == steps and plan(seed=1) != steps
     assert plan(epochs=1) == steps[:len(steps) // 2] != steps[len(steps) // 2:]
@@ -103,7 +105,7 @@ def test_a_sample_has_no_record_twice_and_mostly_one_task(monkeypatch):
         own += tasks.most_common(1)[0][1] == 4
     # a record is exchanged with probability 0.1, and then half of the others are of its own task
     assert 0.7 < own / len(all_samples) < 0.9
-    monkeypatch.setattr(train_sft, "RELATED_SHARE", 1.0)
+    monkeypatch.setattr("data.samples.RELATED_SHARE", 1.0)
     samples = deal(records, related, 4, rng)
     assert all(len({records[i]["task"] for i in sample}) == 1 for sample in samples)
     assert sorted(sum(deal(records[:1], [[0]], 4, rng), [])) == [0]  # nothing to stand beside it
@@ -252,7 +254,7 @@ def test_an_interrupted_run_saves_and_resumes(run, monkeypatch, capsys, call):
 def test_resume_refuses_other_settings(run, capsys):
     """Without a state a run that was killed before its first save starts again; no run at all is an error."""
     out = run("out", max_steps=2)
-    with pytest.raises(ValueError, match=r"state.safetensors: .* other settings for \['r', 'lr'\]") as error:
+    with pytest.raises(ValueError, match=r"state.safetensors: .* other settings \(r 4, lr 0.01\)") as error:
         run("out", resume=True, lr=1e-3, r=2)
     assert "\n" not in str(error.value)
     with pytest.raises(FileNotFoundError, match="nothing: there is no run to resume"):
@@ -353,7 +355,8 @@ def test_three_steps_equal_transformers_and_peft(run, base, tmp_path):
     lines = log(out)
     tokenizer, related = Tokenizer(base), related_records(records)
     lengths = [len(training_example(tokenizer, [r], 512)[0]) for r in records]
-    for line, step in zip(lines, plan_steps(records, related, lengths, s), strict=False):
+    plan = plan_steps(records, related, lengths, s.shots, s.batch_size, s.epochs, s.seed)
+    for line, step in zip(lines, plan, strict=False):
         answers = []  # (ids, answer's length): each answer alone, without padding, behind its prompts
         for sample in step:
             for at, i in enumerate(sample):
