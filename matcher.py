@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from data.files import read_json, read_metadata, read_tensors, save_json, save_tensors
 from data.instructions import query_text, training_example
-from data.records import Record, check_record, read_records
+from data.records import Record, check_record
 from data.samples import collate, length_sorted_batches
 from data.tokenizer import Tokenizer
 from model import Transformer, pad
@@ -218,17 +218,6 @@ def nearest(query: Tensor, pool: Tensor, m: int) -> Tensor:
 
 
 # ---- files -----------------------------------------------------------------------------------------------
-
-def read_pool(path: str | Path, queries: Sequence[Record] = ()) -> list[Record]:
-    """The prompts of a file, each once: a copy would be a pick that says nothing new. A prompt that asks what
-    one of `queries` asks is left out: its answer would stand before the question."""
-    asked, records = {(q["instruction"], q["input"]) for q in queries}, read_records(path)
-    pool = {tuple(r.values()): r for r in records if (r["instruction"], r["input"]) not in asked}
-    if len(pool) < len(records):
-        print(f"({path}: {len(records) - len(pool)} of {len(records)} prompts are left out: copies of others "
-              "or questions of queries)")
-    return list(pool.values())
-
 
 def run_id(meta: dict) -> str:
     return hashlib.sha256(json.dumps(meta).encode()).hexdigest()[:16]

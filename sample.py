@@ -24,7 +24,7 @@ import matcher as matching
 from data.base_model import ensure_base
 from data.device import pick_device
 from data.instructions import NEXT_BLOCK, TEMPLATE, at_next_block, clean_answer, join_ids, query_text
-from data.records import Record
+from data.records import Record, read_pool
 from data.runs import command, ignored
 from data.tokenizer import Tokenizer
 from lora import load_tuned
@@ -89,8 +89,10 @@ def main(s: Settings) -> None:
         raise ValueError(f"--top_p {s.top_p} must be at most 1.")
     if s.input and not s.prompt.strip():
         raise ValueError("--input is given without --prompt; give both, or neither and type them.")
-    ignored(s, "with --no_match", *["pool", "m", "matcher"] * s.no_match)
-    ignored(s, "at --temperature 0", *["top_k", "top_p"] * (s.temperature == 0))
+    if s.no_match:
+        ignored(s, "with --no_match", "pool", "m", "matcher")
+    if s.temperature == 0:
+        ignored(s, "at --temperature 0", "top_k", "top_p")
 
     # what has been trained so far
     base = ensure_base(s.base)
@@ -105,13 +107,13 @@ def main(s: Settings) -> None:
     if not s.no_match and Path(s.matcher, "matcher.json").exists():
         matcher, pool, m = matching.load(s.matcher, model_id)  # with the pool it was trained on
     elif not s.no_match:
-        print(("(--matcher none: " if s.matcher == "none" else f"(no matcher in {s.matcher}: ")
-              + ("the nearest prompts of the pool are taken" if s.pool else "no prompts are matched")
-              + ("" if s.matcher == "none" else "; to train one, run " + command(
-                  "train_rl.py", s, "base adapter pool device", out_dir=s.matcher)) + ")")
+        what = "the nearest prompts of the pool are taken" if s.pool else "no prompts are matched"
+        how = command("train_rl.py", s, "base adapter pool device", out_dir=s.matcher)
+        print(f"(--matcher none: {what})" if s.matcher == "none"
+              else f"(no matcher in {s.matcher}: {what}; to train one, run {how})")
     trained = matcher is not None
     if s.pool and not s.no_match:
-        pool = matching.read_pool(s.pool)
+        pool = read_pool(s.pool)
         vectors = matching.embed_records(model, tokenizer, pool)  # (P, E)
         matcher = matcher or matching.Matcher(vectors, hidden=1)  # untrained: nearest neighbours
         matcher.use_pool(vectors, matching.doubts(model, tokenizer, pool))

@@ -40,15 +40,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import matcher as matching
-from data import instructions as template
+from data import instructions
 from data.base_model import ensure_base
-from data.device import gather, join_torchrun, main_process_first, pick_device, processes
+from data.device import join_torchrun, main_process_first, pick_device, shared_out
 from data.files import save_json
 from data.prepare import ensure_data
-from data.records import Record
-from data.runs import RewardFile, command, ignored, open_log, run_record, seen_by
+from data.records import Record, read_pool
+from data.runs import RewardFile, command, ignored, open_log, run_record, say_replaced, seen_by
 from data.samples import length_sorted_batches
-from data.scores import print_harm, print_table, rouge_l
+from data.scores import print_harm, print_step, print_table, rouge_l
 from data.tokenizer import Tokenizer
 from lora import load_tuned
 from matcher import Matcher, embed, embed_records
@@ -88,7 +88,7 @@ VAL_QUERIES = 160  # the matcher that does best on them is kept
 EVAL_EVERY = 10  # steps between validations
 
 
-# ---- the environment: (query, picks) -> answer -> reward --------------------------------------------------
+# ---- the environment: (query, picks) -> answer -> reward -------------------------------------------------
 
 class Environment:
     """The frozen LLM as REINFORCE sees it. Each (query, picks) is answered once and kept in `file`."""
@@ -97,25 +97,24 @@ class Environment:
                  identity: str, file: Path, judge: "Environment | None" = None):
         self.model, self.tokenizer, self.pool, self.max_new_tokens = model, tokenizer, pool, max_new_tokens
         self.judge = judge or self  # whose LLM embeds answers; one for all rows of a table
-        self.rank, self.world = processes()  # torchrun's
         outputs = [p["output"] for p in pool]
-        what = json.dumps([identity, template.TEMPLATE, max_new_tokens, sorted(tokenizer.ends), outputs])
+        what = json.dumps([identity, instructions.TEMPLATE, max_new_tokens, sorted(tokenizer.ends), outputs])
         self.identity = hashlib.sha256(what.encode()).hexdigest()
-        self.blocks = [template.prompt_ids(tokenizer, [p]) for p in pool]
+        self.blocks = [instructions.prompt_ids(tokenizer, [p]) for p in pool]
         self.groups = length_sorted_batches([len(ids) for ids in self.blocks], 4)  # prefilled together
         self.prefixes: dict[int, Tensor] = {}  # prompt -> its keys and values as the first of an episode
         if self.judge is self:  # cosines are of embeddings standardised by the pool's answers
             answers = embed(model, [[tokenizer.encode(text)] for text in outputs])  # (P, C)
             self.mean, self.std = answers.mean(0), answers.std(0, unbiased=False).clamp(min=1e-3)  # (C)
         self.asked = self.computed = self.shortened = 0
-        self.file = RewardFile(file, write=self.rank == 0)
-        self.known = self.file.known  # {key: entry}
+        self.stored = RewardFile(file)
+        self.known = self.stored.known  # {key: entry}
 
     def key(self, query: Record, picks: Sequence[int]) -> str:
         """Everything that an entry depends on, but not this code: if you change generation or scoring, delete
         the file of rewards."""
-        prompts = [[template.query_text(self.pool[j]), self.pool[j]["output"]] for j in picks]
-        texts = [self.identity, template.query_text(query), query["output"], prompts]
+        prompts = [[instructions.query_text(self.pool[j]), self.pool[j]["output"]] for j in picks]
+        texts = [self.identity, instructions.query_text(query), query["output"], prompts]
         return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:24]
 
     def scores(self, queries: Sequence[Record], picks: Sequence[Sequence[int]]) -> list[dict]:
@@ -125,17 +124,15 @@ class Environment:
         self.asked, self.computed = self.asked + len(keys), self.computed + len(todo)
         jobs = []
         for key, (query, picked) in todo.items():
-            rest = self.tokenizer.encode(template.query_text(query))
+            rest = self.tokenizer.encode(instructions.query_text(query))
             room = self.model.config.max_position_embeddings - self.max_new_tokens
-            ids, kept = template.join_ids(self.tokenizer, [self.pool[j] for j in picked], rest, room)
+            ids, kept = instructions.join_ids(self.tokenizer, [self.pool[j] for j in picked], rest, room)
             first = picked[-kept] if kept else None  # the first prompt that fits; its block is a prefix
             self.shortened += kept < len(picked)
             jobs.append((key, query, first, ids[len(self.blocks[first]) if kept else 0:]))
         batches = length_sorted_batches([len(ids) for *_, ids in jobs], ROLLOUT_BATCH)
-        for n in range(0, len(batches), self.world):  # torchrun's processes compute one batch each
-            mine = batches[n + self.rank] if n + self.rank < len(batches) else []
-            for entries in gather(self.answer([jobs[i] for i in mine]) if mine else []):
-                self.file.add(entries)
+        for entries in shared_out(batches, lambda batch: self.answer([jobs[i] for i in batch])):
+            self.stored.add(entries)
         return [self.known[k] for k in keys]
 
     def answer(self, jobs: list[tuple[str, Record, int | None, list[int]]]) -> list[dict]:
@@ -150,8 +147,8 @@ class Environment:
                 self.prefixes |= zip(group, prefill(self.model, [self.blocks[j] for j in group]), strict=True)
         prefixes = [None if j is None else self.prefixes[j] for j in firsts]
         generated = generate(self.model, rests, self.max_new_tokens, self.tokenizer.ends,
-                             lambda ids: template.at_next_block(self.tokenizer, ids), prefixes)
-        answers = [template.clean_answer(self.tokenizer, ids) for ids in generated]
+                             lambda ids: instructions.at_next_block(self.tokenizer, ids), prefixes)
+        answers = [instructions.clean_answer(self.tokenizer, ids) for ids in generated]
         references = [query["output"].strip() for query in queries]
         semantic = self.judge.similarity(answers, references)
         return [{"key": key, "answer": a, "rouge": round(rouge_l(a, r), 6), "semantic": round(cosine, 6),
@@ -255,7 +252,7 @@ def audit(matcher: Matcher, pool: list[Record], draws: list[tuple[Tensor, Tensor
     tried.index_add_(0, picks.flatten(), torch.ones(picks.numel()))
     gain.index_add_(0, picks.flatten(), advantages.flatten())
     gain, usefulness = gain / tried.clamp(min=1), matcher.usefulness()
-    score = usefulness + gain * tried.sqrt() / advantages.std()  # (P)
+    score = usefulness + gain * tried.sqrt() / advantages.std().clamp(min=1e-6)  # (P)
     columns = {"score": score, "usefulness": usefulness, "tried": tried, "gain": 100 * gain,
                "surprise": matcher.doubts[:, 0]}
     return [pool[j] | {name: round(column[j].item(), 3) for name, column in columns.items()}
@@ -264,19 +261,12 @@ def audit(matcher: Matcher, pool: list[Record], draws: list[tuple[Tensor, Tensor
 
 # ---- the run ---------------------------------------------------------------------------------------------
 
-def load_queries(data: Path, tokenizer: Tokenizer, room: int, seed: int) -> dict[str, list[Record]]:
-    """{split: its queries of at most `room` tokens} of rl, val, test; shuffled: a split is sorted by task."""
-    order, queries = torch.Generator().manual_seed(seed), {}
-    for split in ("rl", "val", "test"):
-        found = template.read_fitting(data / f"{split}.jsonl", tokenizer, room, answered=False)
-        queries[split] = [found[i] for i in torch.randperm(len(found), generator=order).tolist()]
-    return queries
-
-
 def main(s: Settings) -> None:
     out = Path(s.out_dir)
     device, dtype = pick_device(s.device, s.dtype)
     rank, world, device = join_torchrun(device)
+    if rank == 0:
+        say_replaced(s)
     if s.candidates <= s.m:
         raise ValueError(f"--candidates {s.candidates} must be above --m {s.m}: else there is no choice.")
 
@@ -284,15 +274,17 @@ def main(s: Settings) -> None:
     with main_process_first(rank, world):
         base, data = ensure_base(s.base), ensure_data(s.data)
     tokenizer = Tokenizer(base)
-    model, model_id = load_tuned(base, s.adapter, template.TEMPLATE, dtype, device)
-    queries = load_queries(data, tokenizer, model.config.max_position_embeddings - s.max_new_tokens, s.seed)
-    template.say_long_answers(queries, tokenizer, s.max_new_tokens)
+    model, model_id = load_tuned(base, s.adapter, instructions.TEMPLATE, dtype, device)
+    room = model.config.max_position_embeddings - s.max_new_tokens
+    queries = instructions.load_queries(data, tokenizer, room, s.seed)
+    instructions.say_long_answers(queries, tokenizer, s.max_new_tokens)
     seen_by(base if s.adapter == "none" else Path(s.adapter), "sft", data, queries)
-    pool = matching.read_pool(s.pool or data / "pool.jsonl", sum(queries.values(), []))
+    pool = read_pool(s.pool or data / "pool.jsonl", sum(queries.values(), []))
     if len(pool) <= s.m:
         raise ValueError(f"{s.pool or data}: {len(pool)} prompts are too few to choose {s.m}; give at least "
                          f"{s.m + 1} with --pool" + ", or lower --m" * (s.m > 1) + ".")
-    ignored(s, f"with {len(pool)} prompts", *["candidates"] * (s.candidates > len(pool)))
+    if s.candidates > len(pool):
+        ignored(s, f"with {len(pool)} prompts", "candidates")
     queries = {"rl": queries["rl"][:s.steps * s.queries], "val": queries["val"][:VAL_QUERIES],
                "test": queries["test"][:s.test_queries or None]}
     env = Environment(model, tokenizer, pool, s.max_new_tokens, f"{model_id} {dtype}", out / "rewards.jsonl")
@@ -309,7 +301,7 @@ def main(s: Settings) -> None:
         for name in ("table.json", "pool.json"):  # of an earlier matcher
             (out / name).unlink(missing_ok=True)
         save_json(run_record(s, data, model_id), out / "run.json")
-    log = open_log(out / "log.jsonl", write=rank == 0)
+    log = open_log(out / "log.jsonl")
 
     def reward_fn(split: str, rows: list[int], picks: Tensor) -> Tensor:
         return env.rewards([queries[split][row] for row in rows], picks.tolist())
@@ -325,13 +317,7 @@ def main(s: Settings) -> None:
             print(f"step 0: nearest neighbours, validation reward {100 * metrics['val_reward']:.1f} of 100",
                   flush=True)
         else:
-            left = seconds / step * (s.steps - step) / 60
-            print(f"step {step}/{s.steps}  reward {100 * metrics['reward']:.1f}  "
-                  f"entropy {metrics['entropy']:.2f} (1: uniform)  {metrics['distinct']} different picks, "
-                  f"the most frequent in {metrics['top_share']:.0%}  "
-                  f"{env.computed / seconds:.1f} answers/s  {left:.1f} min left"
-                  + (f"  validation {100 * metrics['val_reward']:.1f}" if "val_reward" in metrics else ""),
-                  flush=True)
+            print_step(metrics, s.steps, env.computed)
         if metrics.get("val_reward", -1.0) > best:
             best, best_step, kept = metrics["val_reward"], step, copy.deepcopy(matcher.state_dict())
             if rank == 0:
@@ -346,14 +332,14 @@ def main(s: Settings) -> None:
     test, m = queries["test"], s.m
     with torch.no_grad():
         learned = matcher.act(vectors["test"], m, greedy=True)[0].tolist()
-    picks = {"no prompt": [[] for _ in test], "learned": learned,
-             "nearest": matching.nearest(vectors["test"], matcher.pool, m).tolist()}
+    picks = {"no prompt": [[] for _ in test],
+             "nearest": matching.nearest(vectors["test"], matcher.pool, m).tolist(), "learned": learned}
     entries = {}
-    for name in ("no prompt", "nearest", "learned"):
+    for name, chosen in picks.items():
         print(f"answering {len(test)} test queries: {name}", flush=True)
-        entries[name] = env.scores(test, picks[name])
+        entries[name] = env.scores(test, chosen)
     if env.shortened:
-        print(f"({env.shortened} of the answers computed now lack their first prompts: the context was full)")
+        print(f"({env.shortened} new answers were made without their first prompts: the context was full)")
     rows = print_table(entries, "nearest")
     print_harm(audited)
     if rank == 0:

@@ -31,12 +31,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from data import runs
 from data.base_model import ensure_base, fingerprint, hub_name, read_config
 from data.device import all_reduce_sum, join_torchrun, main_process_first, pick_device
 from data.files import save_json
 from data.instructions import BLOCK_END, TEMPLATE, read_fitting, training_example
 from data.prepare import ensure_data
-from data.runs import command, ignored, load_state, open_log, run_record, save_state, whole_steps
 from data.samples import (
     count_targets,
     length_sorted_batches,
@@ -80,7 +80,7 @@ MAX_LENGTH = 512  # tokens of a sample; prompts that do not fit are left out
 EVAL_EVERY = 40  # steps between validation losses; each also saves
 
 
-# ---- from records to a loss ------------------------------------------------------------------------------
+# ---- the loss and the learning rate ----------------------------------------------------------------------
 
 def answer_loss(model: Transformer, ids: Tensor, targets: Tensor) -> Tensor:
     """Summed cross-entropy (nats) of the answers' tokens; ids, targets (B, T), targets -1 where no loss.
@@ -106,7 +106,10 @@ def main(s: Settings) -> None:
     out = Path(s.out_dir)
     device, dtype = pick_device(s.device, s.dtype)
     rank, world, device = join_torchrun(device)
-    ignored(s, "with --full", *["r", "alpha", "no_int8"] * s.full)
+    if rank == 0 and not s.resume:
+        runs.say_replaced(s)
+    if s.full:
+        runs.ignored(s, "with --full", "r", "alpha", "no_int8")
 
     # data: records -> examples with masks
     with main_process_first(rank, world):
@@ -143,11 +146,11 @@ def main(s: Settings) -> None:
     # regulariser enough, so there is no weight decay.
     optimizer = torch.optim.AdamW(trained, lr=s.lr, betas=(0.9, 0.95), weight_decay=0.0)
     names = {p: name for name, p in model.named_parameters()}
-    run = run_record(s, data, fingerprint(base))
+    run = runs.run_record(s, data, fingerprint(base))
     signature = {key: value for key, value in asdict(s).items()
                  if key not in ("resume", "max_steps", "device", "out_dir")}
     signature |= {"dtype": str(dtype), "base weights": run["base_id"], "records": run["data"]}
-    start, tokens, seconds = load_state(out, optimizer, names, signature) if s.resume else (0, 0, 0.0)
+    start, tokens, seconds = runs.load_state(out, optimizer, names, signature) if s.resume else (0, 0, 0.0)
     if start >= steps:
         print(f"(the run in {out} has made all of its {steps} steps: nothing is left to do)")
 
@@ -157,7 +160,7 @@ def main(s: Settings) -> None:
         else:
             save_adapter(model, out, hub_name(base), run["base_id"], TEMPLATE)
         save_json(run, out / "run.json")
-        save_state(out, optimizer, names, progress, signature)
+        runs.save_state(out, optimizer, names, progress, signature)
 
     held = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
     print(f"base {base} in {dtype} on {device}: weights of {held / 1e6:.0f} MB, "
@@ -166,9 +169,9 @@ def main(s: Settings) -> None:
     example = training_example(tokenizer, [records[i] for i in plan[0][0]], max_length)
     print("one sample as the model reads it; only what stands between >>> and <<< has loss:\n"
           f"{marked(tokenizer, *example)}\n")
-    log = open_log(out / "log.jsonl", start, write=rank == 0)
+    log = runs.open_log(out / "log.jsonl", start)
     began = time.time() - seconds
-    with whole_steps() as interrupted:  # Ctrl-C lets a step finish
+    with runs.whole_steps() as interrupted:  # Ctrl-C lets a step finish
         for step in range(start, steps):
             # the step's samples; each of torchrun's processes takes its share
             examples = [training_example(tokenizer, [records[i] for i in sample], max_length)
@@ -225,7 +228,7 @@ def main(s: Settings) -> None:
         "adapter": s.out_dir}
     if steps < schedule:
         print(f"(stopped by --max_steps after {steps} of {schedule} steps; --resume goes on)")
-    print(f"saved in {out}. next: " + command("train_rl.py", s, "base data seed device dtype", **tuned))
+    print(f"saved in {out}. next: " + runs.command("train_rl.py", s, "base data seed device dtype", **tuned))
 
 
 if __name__ == "__main__":

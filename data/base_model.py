@@ -100,7 +100,7 @@ def hub_name(base: str | Path) -> str:
     return names.get(folder) or (folder.name.replace("--", "/", 1) if fetched else str(base))
 
 
-# ---- reading it -------------------------------------------------------------------------------------------
+# ---- reading it ------------------------------------------------------------------------------------------
 
 def read_config(folder: Path) -> dict:
     """The fields of model.Config from folder/config.json. What model.py cannot honour is refused by name."""

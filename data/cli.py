@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def stop(*_) -> None:
-    """What Ctrl-C does while torch is loaded, which takes seconds: at once, whatever is half imported."""
+    """Ctrl-C while torch is loading, which takes seconds: end at once, whatever is half imported."""
     os.write(2, f"\n{Path(sys.argv[0]).name}: stopped\n".encode())
     os._exit(130)  # 128 + SIGINT, what a shell expects
 
@@ -32,7 +32,7 @@ def let_go() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-# Only in a script of ours. A script imports this file before torch.
+# Only our own scripts set these handlers, and they import this file before torch.
 own_script = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve().parent in (
     ROOT, ROOT / "data", ROOT / "tests")
 if own_script:
@@ -78,7 +78,7 @@ def find_paths(s) -> None:
         value = getattr(s, field.name)
         if field.name not in PATHS or not isinstance(value, str) or not value:
             continue
-        path, beside = Path(value).expanduser(), ROOT / value
+        path, beside = Path(os.path.expanduser(value)), ROOT / value
         found = value == field.default if field.name == "out_dir" else beside.exists()
         if found and not path.exists() and not ROOT.samefile("."):
             print(f"(--{field.name}: {beside})")

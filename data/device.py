@@ -5,14 +5,14 @@ Try: python -c "from data.device import *; print(pick_device('auto'))"
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 
-# oneDNN keeps its last 1,024 kernels, and batches of ever new lengths make ever new ones. 64 are enough for
-# one length and halve the peak memory (assets/EXPERIMENTS.md). Both are read at the first matrix product.
+# oneDNN keeps 1,024 kernels, and each new length of a batch makes new ones. 64 are enough, and halve the peak
+# memory (assets/EXPERIMENTS.md). PyTorch reads both variables at the first matrix product.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 
@@ -75,10 +75,12 @@ def all_reduce_sum(number: float, device: str) -> float:
     return total.item()
 
 
-def gather(share: list) -> list[list]:
-    """The share of each process, in their order; without torchrun the one there is."""
-    if not dist.is_initialized():
-        return [share]
-    shares = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, share)
-    return shares
+def shared_out(batches: list, work: Callable[[object], object]) -> Iterator:
+    """work(batch) of each batch, in order. Each of torchrun's processes does its share, all get all."""
+    rank, world = processes()
+    for n in range(0, len(batches), world):
+        done = [work(batches[n + rank])] if n + rank < len(batches) else []
+        parts = [done] * world
+        if world > 1:
+            dist.all_gather_object(parts, done)
+        yield from sum(parts, [])

@@ -18,6 +18,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from data.records import Record, read_records
 from data.tokenizer import Tokenizer
 
@@ -26,7 +28,7 @@ BLOCK_END = "\n\n"  # between a prompt's answer and the next block
 NEXT_BLOCK = "### Instruction:\n"  # at the start of a line it ends an answer; a heading of its own does not
 
 
-# ---- records that fit --------------------------------------------------------------------------------------
+# ---- records that fit ------------------------------------------------------------------------------------
 
 def read_fitting(path: Path, tokenizer: Tokenizer, max_length: int, answered: bool = True) -> list[Record]:
     """read_records without those longer than max_length tokens (question, and answer if `answered`)."""
@@ -43,8 +45,17 @@ def read_fitting(path: Path, tokenizer: Tokenizer, max_length: int, answered: bo
     return kept
 
 
+def load_queries(data: Path, tokenizer: Tokenizer, room: int, seed: int) -> dict[str, list[Record]]:
+    """{split: its queries of at most `room` tokens} of rl, val, test; shuffled: a split is sorted by task."""
+    order, queries = torch.Generator().manual_seed(seed), {}
+    for split in ("rl", "val", "test"):
+        found = read_fitting(data / f"{split}.jsonl", tokenizer, room, answered=False)
+        queries[split] = [found[i] for i in torch.randperm(len(found), generator=order).tolist()]
+    return queries
+
+
 def say_long_answers(queries: dict[str, list[Record]], tokenizer: Tokenizer, limit: int) -> None:
-    """Says how many references no answer can reach."""
+    """Says how many references are longer than any answer may be."""
     lengths = [len(tokenizer.encode(query["output"])) for of in queries.values() for query in of]
     if n := sum(length > limit for length in lengths):
         print(f"({n} of {len(lengths)} references are longer than --max_new_tokens {limit}: no answer can "

@@ -66,7 +66,7 @@ STYLE_PLAN = {"pool": 5, "val": 2, "test": 3, "rl": 6}  # of a style that the Lo
 MISTAKES = 0.4  # share of a task's prompts in the pool that get a wrong answer
 
 
-# ---- the data ----------------------------------------------------------------------------------------------
+# ---- the data --------------------------------------------------------------------------------------------
 
 def clean(task: str, example: dict) -> dict | None:
     """One BIG-bench example -> a record of ours, or None: it has no answer, or is long for a small model."""

@@ -8,6 +8,7 @@ Try: python -c "from data.records import *; print(read_records('data/example_poo
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from data.tokenizer import LONGEST_TEXT
@@ -81,3 +82,18 @@ def read_records(path: str | Path) -> list[Record]:
         print(f"({path}: fields that are not used: "
               + ", ".join(f"'{field}' of {n} records" for field, n in dropped.most_common(9)) + ")")
     return records
+
+
+def read_pool(path: str | Path, queries: Sequence[Record] = ()) -> list[Record]:
+    """The prompts of a file, each once: a copy would be a pick that says nothing new. A prompt that asks what
+    one of `queries` asks is left out: its answer would stand before the question."""
+    asked, records = {(q["instruction"], q["input"]) for q in queries}, read_records(path)
+    pool = {}
+    for record in records:
+        question = record["instruction"], record["input"]
+        if question not in asked:
+            pool.setdefault((*question, record["output"]), record)
+    if len(pool) < len(records):
+        print(f"({path}: {len(records) - len(pool)} of {len(records)} prompts are left out: copies of others"
+              + ", or the same question as a query's" * bool(queries) + ")")
+    return list(pool.values())

@@ -1,7 +1,7 @@
 """Plumbing: what a run keeps on disk, and what the next run reads there. The method is elsewhere.
 
 run.json says from what a run was made. The log and the state let a killed fine-tuning go on, and rewards are
-kept as they come. Here are also the lines in which a script proposes the next command.
+kept as they come. `command` writes the next command, `ignored` names flags that do nothing.
 """
 import json
 import math
@@ -23,29 +23,29 @@ import torch
 from torch import Tensor
 
 from data import cli, download
+from data.device import processes
 from data.files import atomic_write, read_json, read_metadata, read_tensors, save_tensors
 from data.records import Record, read_records
 
-# ---- where a run comes from, and what comes next -------------------------------------------------------
+# ---- where a run comes from, and what comes next ---------------------------------------------------------
 
 def say_replaced(settings) -> None:
     """Says it when --out_dir holds a run on something else, or one that --resume could go on with: this run
     will write over it."""
-    file, state = (Path(settings.out_dir, name) for name in ("run.json", "state.safetensors"))
+    file = Path(settings.out_dir, "run.json")
+    resumable = hasattr(settings, "resume") and Path(settings.out_dir, "state.safetensors").exists()
     before = read_json(file, settings=dict)["settings"] if file.exists() else {}
     now = {name: getattr(settings, name, None) for name in ("base", "adapter", "data", "pool")}
     other = [f"--{name} {before[name]}" for name in now if before.get(name) not in (None, now[name])]
-    if other or state.exists():
+    if other or resumable:
         print(f"({settings.out_dir} holds a run{' with ' * bool(other)}{', '.join(other)}, which this run "
               f"replaces; Ctrl-C now keeps it, {'--resume goes on with it, ' * (not other)}another --out_dir "
               "keeps both)", flush=True)
 
 
 def run_record(settings, data: Path, base_id: str) -> dict:
-    """For run.json beside every output: the same settings, versions and files on the same machine give the
-    same bits. Nothing in it depends on the time. What it replaces there is said."""
-    if os.environ.get("RANK", "0") == "0" and not getattr(settings, "resume", False):
-        say_replaced(settings)
+    """What goes into run.json: with the same settings, versions and files the same machine makes the same
+    bits. Nothing in it depends on the time."""
     git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
                          cwd=Path(__file__).parent, capture_output=True, text=True
                          ) if shutil.which("git") else None
@@ -58,7 +58,8 @@ def run_record(settings, data: Path, base_id: str) -> dict:
 
 
 def seen_by(run: Path, part: str, data: Path, queries: dict[str, list[Record]]) -> set[str]:
-    """The tasks of the records (`part` of its data) on which the run in this folder was trained, if of ours.
+    """The tasks of the records, `part` of its data, on which the run in this folder was trained; none if the
+    folder is not of a run of ours.
 
     Says if that was another data set than `data`, and how many of `queries` were among those records.
     """
@@ -83,27 +84,29 @@ def seen_by(run: Path, part: str, data: Path, queries: dict[str, list[Record]]) 
 
 def command(script: str, s, shared: str, **given: str) -> str:
     """`script` as a command line, with the flags of this run that it knows too and the `given` ones."""
-    usual = {field.name: str(field.default) for field in fields(s)}
+    out_dir = {"train_sft.py": "out/sft"}.get(script, "out/rl")
+    usual = {field.name: str(field.default) for field in fields(s)} | {
+        "adapter": "out/sft", "matcher": "out/rl", "out_dir": out_dir}  # a default need not be given
     flags = {name: str(getattr(s, name)) for name in shared.split()} | given
     words = [f"--{name} {shlex.quote(value)}" for name, value in flags.items()
-             if value.removeprefix(f"{cli.ROOT}/") not in (usual.get(name), "out/sft", "out/rl")]
+             if value.removeprefix(f"{cli.ROOT}/") != usual.get(name)]
     return " ".join([f"python {'' if cli.ROOT.samefile('.') else f'{cli.ROOT}/'}{script}", *words])
 
 
 def ignored(s, when: str, *names: str) -> None:
     """Says in one line which of these flags were given although they change nothing."""
-    values = {field: str(getattr(s, field.name)).removeprefix(f"{cli.ROOT}/") for field in fields(s)}
-    given = [f"--{field.name}" for field, value in values.items()
-             if field.name in names and value != str(field.default)]
+    given = [f"--{field.name}" for field in fields(s) if field.name in names
+             and str(getattr(s, field.name)).removeprefix(f"{cli.ROOT}/") != str(field.default)]
     if given:
         print(f"({', '.join(given)}: without effect {when})")
 
 
-# ---- the log and the state of a fine-tuning ------------------------------------------------------------
+# ---- the log, and the state of a fine-tuning -------------------------------------------------------------
 
-def open_log(file: Path, lines: int = 0, write: bool = True) -> TextIO:
-    """log.jsonl, open for a line each step. Only its first `lines` stay: the later steps are made again."""
-    if not write:
+def open_log(file: Path, lines: int = 0) -> TextIO:
+    """log.jsonl, open for a line each step. Only its first `lines` stay: the later steps are made again.
+    Of torchrun's processes the first one writes."""
+    if processes()[0]:
         return open(os.devnull, "w", encoding="utf-8")
     text = file.read_text(encoding="utf-8", errors="replace") if lines else ""
     with atomic_write(file) as new:
@@ -147,10 +150,10 @@ def load_state(folder: Path, optimizer: torch.optim.Optimizer, names: dict[Tenso
         return 0, 0, 0.0
     made = read_metadata(file)
     other = {key: made.get(key, "") for key, value in signature.items() if made.get(key) != json.dumps(value)}
-    if other:  # of files' hashes the name is enough
+    if other:  # a hash tells the user nothing: its name is enough
         had = [f"{key} {value}" if 0 < len(value) < 30 else key for key, value in other.items()]
-        raise ValueError(f"{file}: the run to resume had other settings ({', '.join(had)}); use the same "
-                         "ones, or another --out_dir.")
+        raise ValueError(f"{file}: the run to resume had other settings ({', '.join(had)}); use those, "
+                         "or another --out_dir.")
     params, wanted = optimizer.param_groups[0]["params"], {"progress": torch.zeros(3)}
     for p in params:
         wanted |= {f"{key}.{names[p]}": p for key in ("weight", "exp_avg", "exp_avg_sq")}
@@ -164,7 +167,7 @@ def load_state(folder: Path, optimizer: torch.optim.Optimizer, names: dict[Tenso
     return int(steps), int(tokens), seconds
 
 
-# ---- rewards -------------------------------------------------------------------------------------------
+# ---- rewards ---------------------------------------------------------------------------------------------
 
 def read_rewards(file: Path) -> dict[str, dict]:
     """{key: entry} of earlier runs. A line of the file is a computed batch; a torn line loses its batch."""
@@ -182,14 +185,14 @@ def read_rewards(file: Path) -> dict[str, dict]:
 class RewardFile:
     """Scored answers, {key: entry} in `known`: those of earlier runs, and what `add` writes down."""
 
-    def __init__(self, file: Path, write: bool = True):
+    def __init__(self, file: Path):
         self.known = read_rewards(file)
         torn = file.exists() and not file.read_bytes().endswith(b"\n")
-        self.file = open(file if write else os.devnull, "a", encoding="utf-8")
+        self.file = open(os.devnull if processes()[0] else file, "a", encoding="utf-8")
         self.file.write("\n" if torn else "")  # or the next batch would be lost with the torn line
 
     def add(self, batch: list[dict]) -> None:
-        """Writes a line, at once. An empty batch is none."""
+        """Writes the batch as one line, at once; an empty one writes nothing."""
         self.file.write(json.dumps(batch) + "\n" if batch else "")
         self.file.flush()
         self.known |= {entry["key"]: entry for entry in batch}

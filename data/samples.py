@@ -2,6 +2,7 @@
 
 A sample is several related records in a row: each is an answer to learn, and a prompt of those behind it.
 Steps are samples of near-equal length, so that hardly anything is padding; micro-batches bound the memory.
+The batches serve matcher.py and train_rl.py too.
 """
 import random
 from collections import Counter, defaultdict
@@ -18,7 +19,7 @@ from data.tokenizer import Tokenizer
 RELATED_SHARE = 0.9  # share of a sample's records that are of one task, as if a good matcher had chosen
 
 
-# ---- samples and steps ---------------------------------------------------------------------------------
+# ---- samples and steps -----------------------------------------------------------------------------------
 
 def related_records(records: list[Record]) -> list[list[int]]:
     """For each record those that its prompts are drawn from: all of its task. A record without a task, or
@@ -99,7 +100,7 @@ def marked(tokenizer: Tokenizer, ids: list[int], targets: list[int]) -> str:
     return text
 
 
-# ---- batches -------------------------------------------------------------------------------------------
+# ---- batches ---------------------------------------------------------------------------------------------
 
 def length_sorted_batches(lengths: Sequence[int], batch_size: int,
                           generator: torch.Generator | None = None) -> list[list[int]]:

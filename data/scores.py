@@ -1,4 +1,4 @@
-"""What an answer is worth beside the reference, and what a mean over queries says about other queries.
+"""How good an answer is beside its reference, how sure a mean over queries is, and how both are printed.
 
 Try: python -c "from data.scores import *; print(rouge_l('the dog sat', 'the cat then sat'))"
 """
@@ -14,7 +14,7 @@ NO_BLANKS = ("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff
 
 
 def words(text: str) -> list[str]:
-    """The words that scores compare, in lower case: runs of letters, marks and digits of any script. Where a
+    """The words of a text, in lower case: runs of letters, marks and digits of any script. Where a
     script has no blanks each character is a word; a text of symbols only is cut at its blanks."""
     text = re.sub(NO_BLANKS, r" \g<0> ", unicodedata.normalize("NFC", text.lower()))
     found = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text).split()
@@ -41,6 +41,16 @@ def interval(differences: Tensor) -> list[float]:
                           generator=torch.Generator().manual_seed(0))
     low, high = differences[draws].mean(1).quantile(torch.tensor([0.025, 0.975])).tolist()
     return [round(100 * x, 2) for x in (differences.mean().item(), low, high)]
+
+
+def print_step(metrics: dict, steps: int, answers: int) -> None:
+    """A line for a step of REINFORCE; answers: how many the LLM has given so far."""
+    step, seconds = metrics["step"], metrics["seconds"]
+    validated = f"  validation {100 * metrics['val_reward']:.1f}" if "val_reward" in metrics else ""
+    print(f"step {step}/{steps}  reward {100 * metrics['reward']:.1f}  entropy {metrics['entropy']:.2f} "
+          f"(1: uniform)  {metrics['distinct']} different picks, the most frequent in "
+          f"{metrics['top_share']:.0%}  {answers / seconds:.1f} answers/s  "
+          f"{seconds / step * (steps - step) / 60:.1f} min left{validated}", flush=True)
 
 
 def print_table(entries: dict[str, list[dict]], other: str) -> dict[str, dict]:

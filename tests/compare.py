@@ -33,14 +33,14 @@ import matcher as matching
 from data.base_model import ensure_base
 from data.device import pick_device
 from data.files import lock_folder, read_json, save_json
-from data.instructions import TEMPLATE, query_text, say_long_answers
+from data.instructions import TEMPLATE, load_queries, query_text, say_long_answers
 from data.prepare import ensure_data
-from data.records import Record, read_records
+from data.records import Record, read_pool, read_records
 from data.runs import ignored, seen_by
 from data.scores import interval, words
 from data.tokenizer import Tokenizer
 from lora import load_tuned
-from train_rl import Environment, load_queries
+from train_rl import Environment
 
 
 @dataclass
@@ -245,7 +245,7 @@ def compare(s: Settings) -> dict:
     test = queries["test"][:s.test_queries or None]
     say_long_answers({"test": test}, tokenizer, s.max_new_tokens)
     if s.pool:
-        pool = matching.read_pool(s.pool, sum(queries.values(), []))
+        pool = read_pool(s.pool, sum(queries.values(), []))
         matcher.use_pool(matching.embed_records(model, tokenizer, pool),
                          matching.doubts(model, tokenizer, pool))
     asked = {query_text(query) for query in test}

@@ -29,9 +29,9 @@ import train_rl
 from data.base_model import ensure_base
 from data.device import pick_device
 from data.files import open_tensors, save_tensors
-from data.instructions import TEMPLATE
+from data.instructions import TEMPLATE, load_queries
 from data.prepare import ensure_data
-from data.records import Record
+from data.records import Record, read_pool
 from data.tokenizer import Tokenizer
 from lora import load_tuned
 
@@ -64,8 +64,8 @@ def make(s: Settings) -> None:
     device, dtype = pick_device("auto")
     model, model_id = load_tuned(base, s.adapter, TEMPLATE, dtype, device)
     tokenizer, of_rl = Tokenizer(base), train_rl.Settings()
-    records = train_rl.load_queries(data, tokenizer, model.config.max_position_embeddings, of_rl.seed)
-    pool = matching.read_pool(data / "pool.jsonl", sum(records.values(), []))
+    records = load_queries(data, tokenizer, model.config.max_position_embeddings, of_rl.seed)
+    pool = read_pool(data / "pool.jsonl", sum(records.values(), []))
     queries = {"rl": records["rl"][:RL_QUERIES], "val": records["val"][::2], "test": records["val"][1::2]}
     env = train_rl.Environment(model, tokenizer, pool, of_rl.max_new_tokens, f"{model_id} {dtype}",
                                Path(s.out_dir, "rewards.jsonl"))

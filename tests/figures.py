@@ -126,9 +126,8 @@ def draw_audit(out: Path) -> None:
 
 def draw_collapse(seeds: int, out: Path) -> None:
     """With and without what keeps the policy from collapsing."""
-    figure, axes = panels(3, width=4.6)
-    shown = {"entropy": "entropy (1: uniform)", "val": "reward on val, greedy",
-             "val top share": "share of the most frequent pair, val"}
+    figure, axes = panels(2)
+    shown = {"entropy": "entropy (1: uniform)", "val": "reward on val, greedy"}
     logs = experiment.collapse(experiment.Settings(seeds=seeds))
     for color, (name, of_seeds) in zip((BLUE, RED, ORANGE), logs.items(), strict=True):
         for axis, (key, title) in zip(axes, shown.items(), strict=True):
@@ -168,7 +167,7 @@ def draw_logs(folders: list[str], out: Path) -> None:
         axes[0].axhline(start, color=GREY, linestyle="--", label="nearest")
         levels = experiment.levels(experiment.table_of(experiment.Settings())[0], "val", "test")
         axes[0].axhline(start + levels[LPR] - levels["nearest"], color=ORANGE, linestyle=":", label=LPR)
-        axes[0].set(title="reward on val", xlabel="step")
+        axes[0].set(title="reward on val (1: best)", xlabel="step")
         axes[0].legend()
         seeds_and_mean(axes[1], lines("entropy"), BLUE, "")
         axes[1].set(title="entropy of the policy (1: uniform)", xlabel="step", ylim=(0, 1))
@@ -195,6 +194,9 @@ def draw_compared(folder: Path, out: Path) -> None:
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set(title=group, xlabel="points of ROUGE-L above no prompt", yticks=range(len(gaps)),
                  yticklabels=gaps if axis is axes[0] else [])
+    ends = [end for axis in axes for end in axis.get_xlim()]
+    for axis in axes:  # equal gains stand at equal places
+        axis.set_xlim(min(ends), max(ends))
     finish(figure, out / "comparison.png")
     if table.exists():
         draw_matched(*what_is_learned(folder), out / "matched.png")
@@ -243,7 +245,7 @@ def draw_matched(counts: Tensor, tasks: list[str], file: Path) -> None:
     figure, axes = panels(1, 1 + 0.26 * len(rows), 8)
     axes[0].barh(range(len(rows)), own.tolist(), color=BLUE, label="a prompt of the query's own task")
     axes[0].barh(range(len(rows)), other.tolist(), left=own.tolist(), color=ORANGE, hatch="//",
-                 label="of the task named there")
+                 label="of the task named there; the rest: of others")
     for y, (left, share, j) in enumerate(zip(own.tolist(), other.tolist(), which.tolist(), strict=True)):
         if share:
             axes[0].text(left + share + 0.01, y, tasks[j], fontsize=7, va="center")
@@ -267,7 +269,7 @@ def draw_shares(folders: dict[float, str], out: Path) -> None:
         axes[0].errorbar(at, mean, yerr=torch.stack((mean - low, high - mean)), fmt=style, color=color,
                          capsize=3, label=name)
     axes[0].set(xlabel="wrong prompts in the pool, %", ylabel="ROUGE-L on test", xticks=list(tables))
-    axes[0].legend()
+    axes[0].legend(loc="lower left")
     finish(figure, out / "shares.png")
 
 

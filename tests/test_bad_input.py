@@ -87,7 +87,7 @@ def test_undamaged_all_of_it_works(home, run, command):
     assert run(command)[0] == 0
 
 
-# ---- how things are damaged: each returns a function of (home, monkeypatch) --------------------------------
+# ---- how things are damaged: each returns a function of (home, monkeypatch) ------------------------------
 
 def content(name: str, body: bytes | str):
     return lambda home, _: (home / name).write_bytes(body.encode() if isinstance(body, str) else body)
@@ -215,7 +215,7 @@ def nothing(*_):
     pass
 
 
-# ---- the tables --------------------------------------------------------------------------------------------
+# ---- the tables ------------------------------------------------------------------------------------------
 
 def group(command: str, damage, cases: dict) -> dict:
     """{what it is: (what `damage` takes, words)} -> {what it is: (command, damage, words)}."""
@@ -285,6 +285,7 @@ TABLE = {  # what it is: (command, damage, what the sentence must say)
         "empty file": b"", "BOM and blank lines": b"\xef\xbb\xbf \n\n", "empty array": b"[]"}),
     "no such file": (PREPARE, nothing, "--data own.jsonl is neither"),
     "a folder as data": ("prepare.py --base base --data sft", nothing, "--data sft is neither"),
+    "nobody's home": ("prepare.py --base base --data ~nobody-like-this/x", nothing, "~nobody-like-this/x is"),
     "a split without a record": (SFT, lambda home, _: next(home.glob("data/own*/val.jsonl")).write_text(""),
                                  "val.jsonl: no record"),
     "no answer fits": (SFT, patched(5, (train_sft, "MAX_LENGTH")), "sft.jsonl: no record fits in 5 tokens"),
@@ -496,7 +497,7 @@ SAID = {  # what is taken, with a word about it
         "sft", LONG)), "(1 longer than 512 tokens, left out)"),
     "a query that does not fit": (RL, more("test", LONG), "test: 6 records (1 longer than 508 tokens,"),
     "prompts that do not fit": (RL + POOL, with_pool(LONG, LONG | {"input": "z"}),
-                                "of the answers computed now lack their first prompts: the context was full"),
+                                "new answers were made without their first prompts: the context was full"),
     "twins in the pool": (RL + POOL, with_pool(PLAIN, PLAIN | {"output": "z"}, PLAIN),
                           "(pool.jsonl: 1 of 3 prompts are left out: copies of others"),
     "twins in one's own pool": (ASK + POOL, with_pool(PLAIN, PLAIN), "(pool.jsonl: 1 of 2 prompts are left"),

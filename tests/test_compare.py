@@ -20,7 +20,7 @@ from data.records import read_records
 from data.runs import read_rewards, run_record, seen_by
 from data.scores import interval
 
-# ---- the selectors -----------------------------------------------------------------------------------------
+# ---- the selectors ---------------------------------------------------------------------------------------
 
 def test_random_picks_are_different_and_uniform():
     picks = compare.random_picks(30_000, 5, 2, torch.Generator().manual_seed(0))
@@ -76,7 +76,7 @@ def test_the_plausible_are_told_by_their_neighbours():
     assert compare.plausible_scores(matcher, queries).topk(3).indices.tolist() == [[2, 0, 4], [7, 8, 9]]
 
 
-# ---- the table ---------------------------------------------------------------------------------------------
+# ---- the table -------------------------------------------------------------------------------------------
 
 def test_an_interval_is_a_bootstraps():
     """Mean and 95% interval in points: 1.96 standard errors either way, where there are many differences."""
@@ -195,7 +195,7 @@ def test_runs_are_averaged_by_query(tmp_path, capsys):
         compare.over_runs([str(tmp_path)])
 
 
-# ---- whole runs --------------------------------------------------------------------------------------------
+# ---- whole runs ------------------------------------------------------------------------------------------
 
 COMMON = {"max_new_tokens": 6, "test_queries": 0, "device": "cpu", "dtype": "float32"}
 OTHERS = ["base, no prompt", *(f"full fine-tuning, {way}" for way in ("no prompt", "nearest", "learned"))]

@@ -48,7 +48,7 @@ PLUM = record("Name the colour.", "purple", "a plum")
 GRASS = record("Name the colour.", "green", "fresh grass")
 RHYME = record("Give a rhyme for 'moon'.", "spoon")
 
-# ---- template, ids and mask ------------------------------------------------------------------------
+# ---- template, ids and mask ------------------------------------------------------------------------------
 
 GOLDEN = """\
 ### Instruction:
@@ -183,7 +183,7 @@ def test_an_answer_is_over_at_the_templates_own_block(text, over):
     assert at_next_block(Bytes(), list(text.encode())) == over
 
 
-# ---- batches -----------------------------------------------------------------------------------------
+# ---- batches ---------------------------------------------------------------------------------------------
 
 def test_length_sorted_batches():
     rng = random.Random(1)
@@ -206,7 +206,7 @@ def test_length_sorted_batches():
     assert length_sorted_batches([], 8) == []
 
 
-# ---- reading ------------------------------------------------------------------------------------------
+# ---- reading ---------------------------------------------------------------------------------------------
 
 TWO = [record("Name the colour.", "purple", "a plum"), record("Say it twice.", "hé hé", "hé")]
 

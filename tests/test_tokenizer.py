@@ -91,7 +91,7 @@ def trained(request, tmp_path_factory, story):
 MISSING = {0x04, 0x06, 0x13, 0x14, 0x16, 0x1d, 0xc0, 0xc1, 0xf1, 0xf2, *range(0xf5, 0x100)}  # SmolLM2's 21
 
 
-# ---- the base model's own ------------------------------------------------------------------------
+# ---- the base model's own --------------------------------------------------------------------------------
 
 @MANY
 @given(text=TEXT)
@@ -145,7 +145,7 @@ def test_base_facts(base_tokenizer):
     assert len(snow) > 1 and base_tokenizer.decode(snow[:1]) == "\ufffd"  # a cut character
 
 
-# ---- other models' styles ------------------------------------------------------------------------
+# ---- other models' styles --------------------------------------------------------------------------------
 
 @MANY
 @given(text=TEXT)
@@ -220,7 +220,7 @@ def test_ids_in_any_order(tmp_path, story):
     assert Tokenizer(folder).decode(ids) == story
 
 
-# ---- refusals ------------------------------------------------------------------------------------
+# ---- refusals --------------------------------------------------------------------------------------------
 
 BPE = {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}

@@ -32,7 +32,7 @@ def same(a, b):
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-# ---- REINFORCE ---------------------------------------------------------------------------------------------
+# ---- REINFORCE -------------------------------------------------------------------------------------------
 
 def test_leave_one_out_against_a_loop():
     rewards = torch.rand(7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -109,6 +109,8 @@ def test_the_audit_by_hand():
     assert by_name["1"] == pool[1] | {
         "score": -1.836, "usefulness": -0.5, "tried": 2, "gain": -25.0, "surprise": 1.0}
     assert by_name["3"]["tried"] == 0 and by_name["3"]["gain"] == 0 and by_name["0"]["gain"] == 20.0
+    equal = train_rl.audit(matcher, pool, [(torch.tensor([[0], [1]]), torch.zeros(2))])  # no NaN
+    assert [entry["score"] for entry in equal] == [-2, -0.5, -0.5, -0.5]
 
 
 def test_a_toy_pool_is_learned_from(monkeypatch):
@@ -173,7 +175,7 @@ def test_the_loop_asks_in_turn_validates_greedily_and_takes_any_advantage(monkey
     assert not same(before, matcher.state_dict().values())
 
 
-# ---- the reward --------------------------------------------------------------------------------------------
+# ---- the reward ------------------------------------------------------------------------------------------
 
 SCORER = rouge_scorer.RougeScorer(["rougeL"], tokenizer=SimpleNamespace(tokenize=words))
 ascii_texts = st.text(st.characters(max_codepoint=127))
@@ -367,7 +369,7 @@ def test_the_key_holds_all_that_an_answer_depends_on(environment):
     assert key({**QUERIES[0], "task": "renamed"}) == keys[0]
 
 
-# ---- whole runs --------------------------------------------------------------------------------------------
+# ---- whole runs ------------------------------------------------------------------------------------------
 
 SMALL = {"ROLLOUT_BATCH": 4, "VAL_QUERIES": 3, "EVAL_EVERY": 1}
 TINY = {"adapter": "none", "m": 2, "steps": 3, "queries": 4, "samples": 3, "lr": 5e-3, "max_new_tokens": 6,

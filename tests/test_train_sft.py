@@ -58,7 +58,7 @@ def same_files(one, other, name="adapter_model.safetensors") -> bool:
     return same(load_file(one / name), load_file(other / name))
 
 
-# ---- the parts ---------------------------------------------------------------------------------------------
+# ---- the parts -------------------------------------------------------------------------------------------
 
 def test_the_plan_depends_on_its_arguments_alone():
     """What --resume rests on; and each record is in each pass, in samples of near-equal length."""
@@ -163,7 +163,7 @@ def test_learning_rate_rises_and_falls_to_a_tenth(monkeypatch):
     assert (rates[55], rates[100]) == pytest.approx((1.1, 0.2))  # half-way down, and the end
 
 
-# ---- whole runs --------------------------------------------------------------------------------------------
+# ---- whole runs ------------------------------------------------------------------------------------------
 
 def test_gradient_accumulation_is_one_large_batch(run, tmp_path, monkeypatch):
     """Trap 3: 8 micro-batches of one record give the gradient of one batch of 8, though their answers

@@ -104,7 +104,7 @@ def trained(home: Path) -> tuple[Path, Path, Path]:
     return base, home / "sft", home / "rl"
 
 
-# ---- the base model as it comes: a GGUF file ---------------------------------------------------------------
+# ---- the base model as it comes: a GGUF file -------------------------------------------------------------
 
 def smollm2(home: Path) -> dict:
     """home/smollm2.json with the sizes of a tiny model; returns its config."""
