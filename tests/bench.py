@@ -37,7 +37,6 @@ from pathlib import Path
 from statistics import median
 from string import ascii_lowercase
 from tempfile import TemporaryDirectory
-from textwrap import fill
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # here are tests; model.py, lora.py .. one up
 from data.cli import cli, opt
@@ -71,7 +70,7 @@ class Settings:
     data: str = opt("bigbench", "data set that the records are drawn from")
     random: str = opt("", "instead of both: random weights of this shape and made-up records; tiny, 135M, ..")
     gguf: str = opt("", "the base as a Q8_0 GGUF file, for llama.cpp; empty: llama.cpp is skipped")
-    figures: str = opt("", "folder for peers.png and growth.png, what was measured as pictures; empty: none")
+    figures: str = opt("", "folder for growth.png; empty: none")
     max_new_tokens: int = opt(8, "longest answer in the rows rollouts and rl")
     seed: int = opt(1337, "seed of the records, pools and picks")
     device: str = opt("auto", "auto (cuda if there is one, else cpu), cpu, cuda, mps")
@@ -645,27 +644,6 @@ def growth(b: Bench) -> None:
     figure.savefig(Path(b.s.figures, "growth.png"), dpi=120)
 
 
-def draw_peers(b: Bench) -> None:
-    """All rows that have a goal: how many times better than the peer (faster, or smaller), and the goal."""
-    from matplotlib.figure import Figure
-    rows = [r for r in reversed(b.table) if r["goal"] and r["ratio"]]
-    if not rows:
-        return
-    figure = Figure(figsize=(11, 0.8 + 0.5 * len(rows)), layout="constrained")
-    axis = figure.subplots()
-    for y, r in enumerate(rows):
-        sign, bound = r["goal"].split()
-        better, goal = (r["ratio"], float(bound)) if sign == ">=" else (1 / r["ratio"], 1 / float(bound))
-        axis.barh(y, better, color="C0" if r["met"] == "yes" else "C1")
-        axis.plot([goal, goal], [y - 0.4, y + 0.4], color="black")
-        axis.annotate(f" {better:.3g}", (better, y), va="center", fontsize=8)
-    axis.set(xscale="log", xlabel="times better than the peer (black: our goal; orange: missed)",
-             yticks=range(len(rows)))
-    axis.set_yticklabels([f"{fill(r['work'], 64)}\n{r['against']}" for r in rows], fontsize=7)
-    axis.axvline(1, color="grey", linestyle="--")
-    figure.savefig(Path(b.s.figures, "peers.png"), dpi=120)
-
-
 ROWS = {row.__name__: row for row in (sft, memory, decode, rollouts, rl, matcher, load, growth, fits)}
 
 
@@ -725,9 +703,7 @@ def main(s: Settings) -> None:
         for name in chosen:
             print(f"{name}:", flush=True)
             ROWS[name](b)
-        if s.figures and b.have("matplotlib"):
-            draw_peers(b)
-    print("\n" + ", ".join(f"{key} {value}" for key, value in here.items()))
+        print("\n" + ", ".join(f"{key} {value}" for key, value in here.items()))
     print("\n| work | ours | against | theirs | ours / theirs | goal | met |")
     print("|---|---:|---|---:|---:|---|---|")
     for r in b.table:
