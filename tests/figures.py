@@ -112,7 +112,7 @@ def draw_audit(out: Path) -> None:
     t, _ = experiment.table_of(experiment.Settings())
     matcher, _ = experiment.run(t, train_rl.Settings())
     useful, wrong = matcher.usefulness(), t["wrong"].bool()  # (P), (P)
-    figure, axes = panels(1, width=7)
+    figure, axes = panels(1, width=8)
     bins = torch.linspace(useful.quantile(0.005).item(), useful.max().item(), 40).tolist()
     ways = ((~wrong, BLUE, "right answer", ""), (wrong, RED, "planted mistake", "//"))
     for mask, color, label, hatch in ways:
@@ -260,7 +260,7 @@ def draw_shares(folders: dict[float, str], out: Path) -> None:
     """ROUGE-L against the share of wrong prompts in the pool, with 95% intervals over queries."""
     tables = {x: read_json(Path(folder, "table.json"), rows=dict)["rouge of each query"]
               for x, folder in sorted(folders.items())}
-    figure, axes = panels(1, width=7)
+    figure, axes = panels(1, width=8)
     rows = (("no prompt", GREY, "s-"), ("nearest", RED, "v-"), (LPR, ORANGE, "o-"), ("learned", BLUE, "D-"))
     for n, (name, color, style) in enumerate(rows):
         scores = [torch.tensor(table[name]) for table in tables.values()]
@@ -269,7 +269,7 @@ def draw_shares(folders: dict[float, str], out: Path) -> None:
         axes[0].errorbar(at, mean, yerr=torch.stack((mean - low, high - mean)), fmt=style, color=color,
                          capsize=3, label=name)
     axes[0].set(xlabel="wrong prompts in the pool, %", ylabel="ROUGE-L on test", xticks=list(tables))
-    axes[0].legend(loc="lower left")
+    axes[0].legend(loc="upper left", bbox_to_anchor=(1, 1))  # beside the axes: nothing is hidden
     finish(figure, out / "shares.png")
 
 
