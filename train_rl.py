@@ -266,7 +266,7 @@ def main(s: Settings) -> None:
     device, dtype = pick_device(s.device, s.dtype)
     rank, world, device = join_torchrun(device)
     if rank == 0:
-        say_replaced(s)
+        say_replaced(s, "base", "adapter", "data", "pool")
     if s.candidates <= s.m:
         raise ValueError(f"--candidates {s.candidates} must be above --m {s.m}: else there is no choice.")
 

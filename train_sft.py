@@ -107,7 +107,7 @@ def main(s: Settings) -> None:
     device, dtype = pick_device(s.device, s.dtype)
     rank, world, device = join_torchrun(device)
     if rank == 0 and not s.resume:
-        runs.say_replaced(s)
+        runs.say_replaced(s, "base", "adapter", "data", "full")
     if s.full:
         runs.ignored(s, "with --full", "r", "alpha", "no_int8")
 

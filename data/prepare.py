@@ -26,7 +26,7 @@ from data.cli import cli, opt  # noqa: E402
 from data import download  # noqa: E402
 from data.base_model import ensure_base, read_config  # noqa: E402
 from data.files import atomic_replace, scratch_folder  # noqa: E402
-from data.records import FIELDS, read_records  # noqa: E402
+from data.records import FIELDS, question, read_records  # noqa: E402
 from data.runs import command  # noqa: E402
 from data.styles import HELD_OUT, KINDS  # noqa: E402
 from data.styles import records as house_styles  # noqa: E402
@@ -119,7 +119,7 @@ def split(data: str, records: list[dict]) -> dict[str, list[dict]]:
     """Records -> {split: records}. Nothing sits in two splits: the first of twins (same query) counts."""
     first = {}
     for record in records:
-        first.setdefault((record["instruction"], record["input"]), record)
+        first.setdefault(question(record), record)
     twins, records, n = len(records) - len(first), list(first.values()), len(first)
     if n < 10:
         raise ValueError(f"{data}: {n} different {'record is' if n == 1 else 'records are'} too few for five "

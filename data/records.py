@@ -84,15 +84,18 @@ def read_records(path: str | Path) -> list[Record]:
     return records
 
 
+def question(record: Record) -> tuple[str, str]:
+    """What a record asks. Records that ask the same are twins, whatever their answers and tasks are."""
+    return record["instruction"], record["input"]
+
+
 def read_pool(path: str | Path, queries: Sequence[Record] = ()) -> list[Record]:
     """The prompts of a file, each once: a copy would be a pick that says nothing new. A prompt that asks what
     one of `queries` asks is left out: its answer would stand before the question."""
-    asked, records = {(q["instruction"], q["input"]) for q in queries}, read_records(path)
-    pool = {}
+    asked, records, pool = set(map(question, queries)), read_records(path), {}
     for record in records:
-        question = record["instruction"], record["input"]
-        if question not in asked:
-            pool.setdefault((*question, record["output"]), record)
+        if question(record) not in asked:
+            pool.setdefault((*question(record), record["output"]), record)
     if len(pool) < len(records):
         print(f"({path}: {len(records) - len(pool)} of {len(records)} prompts are left out: copies of others"
               + ", or the same question as a query's" * bool(queries) + ")")

@@ -25,18 +25,18 @@ from torch import Tensor
 from data import cli, download
 from data.device import processes
 from data.files import atomic_write, read_json, read_metadata, read_tensors, save_tensors
-from data.records import Record, read_records
+from data.records import Record, question, read_records
 
 # ---- where a run comes from, and what comes next ---------------------------------------------------------
 
-def say_replaced(settings) -> None:
-    """Says it when --out_dir holds a run on something else, or one that --resume could go on with: this run
-    will write over it."""
+def say_replaced(settings, *names: str) -> None:
+    """Says it when --out_dir holds a run with another value of these flags, or one that --resume could go on
+    with: this run will write over it."""
     file = Path(settings.out_dir, "run.json")
     resumable = hasattr(settings, "resume") and Path(settings.out_dir, "state.safetensors").exists()
     before = read_json(file, settings=dict)["settings"] if file.exists() else {}
-    now = {name: getattr(settings, name, None) for name in ("base", "adapter", "data", "pool")}
-    other = [f"--{name} {before[name]}" for name in now if before.get(name) not in (None, now[name])]
+    other = [f"--{name} {before[name]}" for name in names
+             if before.get(name) not in (None, getattr(settings, name, None))]
     if other or resumable:
         print(f"({settings.out_dir} holds a run{' with ' * bool(other)}{', '.join(other)}, which this run "
               f"replaces; Ctrl-C now keeps it, {'--resume goes on with it, ' * (not other)}another --out_dir "
@@ -74,9 +74,9 @@ def seen_by(run: Path, part: str, data: Path, queries: dict[str, list[Record]]) 
     if files[0].parent != data:
         print(f"({run} was trained on {files[0].parent}, not on {data})")
     records = read_records(files[0])
-    known = {(record["instruction"], record["input"]) for record in records}
+    known = set(map(question, records))
     for split, asked in queries.items():
-        if n := sum((query["instruction"], query["input"]) in known for query in asked):
+        if n := sum(question(query) in known for query in asked):
             print(f"({n} of {len(asked)} {split} queries were in the training part of {run}: its answers to "
                   "them prove nothing)")
     return {record["task"] for record in records} - {""}

@@ -530,9 +530,12 @@ SAID = {  # what is taken, with a word about it
     "not tuned yet": (ASK + "--adapter gone --no_match", nothing, "to tune it, run python train_sft.py"),
     "a run that is not resumed": (SFT, state(lambda _: None), "(out holds a run, which this run replaces; "
                                                               "Ctrl-C now keeps it, --resume goes on with"),
-    "another run's folder": (RL, lambda home, _: (
+    "all weights over LoRA's run": (SFT + "--full --lr 5e-5", state(lambda _: None),
+                                    "(out holds a run with --full False, which this run replaces; Ctrl-C"),
+    **{f"another run's folder, {command[:8]}": (command, lambda home, _: (
         (home / "out").mkdir(), (home / "out/run.json").write_text('{"settings": {"data": "bigbench"}}')),
-        "(out holds a run with --data bigbench, which this run replaces; Ctrl-C now"),
+        "(out holds a run with --data bigbench, which this run replaces; Ctrl-C now")
+       for command in (SFT, RL)},
     "no matcher wanted": (ASK + "--matcher none", nothing, "(--matcher none: no prompts are matched)\n"),
     "no matcher yet": (ASK + "--matcher gone", nothing, "to train one, run python train_rl.py"),
 }
