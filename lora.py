@@ -8,15 +8,17 @@ PILLOW tunes its LLM with LoRA (paper, section 3.1; LoRA: arXiv 2106.09685, sect
 B starts at zero, so at step 0 the model is exactly the base. A must not be zero too. With y's gradient g,
 
     gradient of A = alpha / r (g B)^T x        gradient of B = alpha / r g^T (x A^T)
+    gradient of x = g W + alpha / r (g B) A
 
-Each contains the other: at step 0 only B moves, and if both were zero, neither ever would.
+The first two contain each other: at step 0 only B moves, and if both were zero, neither ever would. W has no
+gradient: it is frozen.
 
 int8 is for weights only, symmetric, with one scale for each output row:
 
     a row of W     0.50   -1.27    0.03      scale = 1.27 / 127 = 0.01: the row's largest becomes 127
     stored, q        50    -127       3      one byte each; q * scale is the row again, to within scale / 2
 
-A LoRA layer *holds* the linear that it adapts and calls it, so LoRA works the same on float and int8 layers.
+A LoRA layer *holds* the linear that it adapts, so LoRA works the same on float and int8 layers.
 
 Letter: r rank of LoRA.
 Simplified: no dropout, one rank for all modules, no bias training. The files are PEFT's, and PEFT reads ours.
@@ -32,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.base_model import fingerprint, read_adapter_config, say_other_base
-from data.files import file_hash, read_json, read_tensors, save_tensors, to_json
+from data.files import file_hash, read_tensors, save_tensors, to_json
 from model import Transformer
 from model import load as load_base
 
@@ -44,24 +46,6 @@ PEFT_PREFIX = "base_model.model.model."  # TRAP: without it PEFT loads nothing a
 
 # ---- the frozen base in int8 -----------------------------------------------------------------------------
 
-class Int8MatMul(torch.autograd.Function):
-    """y = (x q^T) * scale, which is x W^T for W = q * scale.
-
-    TRAP: the plain expression F.linear(x, W) makes autograd keep a float copy of every weight: 1 + 2 bytes
-    each, more than a bf16 base. This keeps q and casts it again in backward. Gradients are equal.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, q: Tensor, scale: Tensor) -> Tensor:  # (.., in) -> (.., out)
-        ctx.save_for_backward(q, scale)
-        return F.linear(x, q.to(x.dtype)).mul_(scale)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # the base is frozen: only x has a gradient
-        q, scale = ctx.saved_tensors
-        return (grad * scale).to(grad.dtype) @ q.to(grad.dtype), None, None  # (.., out) -> (.., in)
-
-
 class Int8Linear(nn.Module):
     """A frozen linear with an int8 weight: a quarter of fp32's bytes, half of bf16's."""
 
@@ -69,22 +53,50 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = linear.weight.shape
         weight = linear.weight.detach().float()  # (out, in)
-        scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127  # (out): a row's largest number becomes 127
+        # A row's largest number becomes 127. The scale is rounded to bf16, so that a product in bf16 can be
+        # scaled as it is: with an fp32 scale it would be cast to fp32 and back.
+        scale = (weight.abs().amax(dim=1).clamp(min=1e-12) / 127).bfloat16()  # (out)
         # Buffers, not parameters: no optimiser can touch them.
-        self.register_buffer("q", (weight / scale[:, None]).round().to(torch.int8))  # (out, in)
-        self.register_buffer("scale", scale)  # (out), fp32
+        self.register_buffer("q", (weight / scale.float()[:, None]).round().to(torch.int8))  # (out, in)
+        self.register_buffer("scale", scale)
         self.bias = linear.bias
 
     @property
-    def weight(self) -> Tensor:  # (out, in), fp32, for merging
-        return self.q * self.scale[:, None]
+    def weight(self) -> Tensor:  # (out, in), fp32
+        return self.q * self.scale.float()[:, None]
 
     def forward(self, x: Tensor) -> Tensor:  # (.., in) -> (.., out)
-        y = Int8MatMul.apply(x, self.q, self.scale)
+        # the product is scaled, not q: q is exact in bf16, q * scale would be rounded
+        y = F.linear(x, self.q.to(x.dtype)) * self.scale.to(x.dtype)
         return y if self.bias is None else y + self.bias
 
 
 # ---- the adapter -----------------------------------------------------------------------------------------
+
+class LoRAProduct(torch.autograd.Function):
+    """y = (x W^T) * scale + (x A^T) B^T with the three gradients above. A float W has no scale.
+
+    TRAP: of the plain expression autograd keeps a float copy of every int8 weight: 1 + 2 bytes each, more
+    than a bf16 base. This keeps the int8 alone and casts it again in backward. Both sums are made in place,
+    which saves writing a second (N, out) and (N, in).
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, W: Tensor, scale: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
+        h = x @ A.T  # (N, in) -> (N, r)
+        ctx.save_for_backward(x, h, W, scale, A, B)
+        y = x @ W.to(x.dtype).T  # (N, out)
+        if scale is not None:
+            y *= scale
+        return y.addmm_(h, B.T)  # (N, out)
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor, None, None, Tensor, Tensor]:  # g (N, out): y's gradient
+        x, h, W, scale, A, B = ctx.saved_tensors
+        of_h = g @ B  # (N, r)
+        of_x = (g if scale is None else g * scale) @ W.to(g.dtype)  # (N, in)
+        return of_x.addmm_(of_h, A), None, None, of_h.T @ x, g.T @ h
+
 
 class LoRALinear(nn.Module):
     """y = x W^T + (x A^T) B^T alpha / r around any linear. A and B are fp32 even on a bf16 base: an update of
@@ -101,9 +113,12 @@ class LoRALinear(nn.Module):
         self.B = nn.Parameter(torch.zeros(base.out_features, r))  # (out, r)
 
     def forward(self, x: Tensor) -> Tensor:  # (.., in) -> (.., out)
+        int8 = isinstance(self.base, Int8Linear)
+        W, scale = (self.base.q, self.base.scale.to(x.dtype)) if int8 else (self.base.weight, None)
         # alpha / r is applied to B in fp32, before the cast
         A, B = self.A.to(x.dtype), (self.B * self.scaling).to(x.dtype)
-        return self.base(x) + (x @ A.T) @ B.T  # x A^T is (.., r)
+        y = LoRAProduct.apply(x.flatten(0, -2), W, scale, A, B).unflatten(0, x.shape[:-1])
+        return y if self.base.bias is None else y + self.base.bias
 
 
 def replace_linears(model: Transformer, names: Iterable[str], make: Callable[[nn.Module], nn.Module]) -> int:
@@ -186,19 +201,10 @@ def save_adapter(model: nn.Module, folder: str | Path, base: str, base_id: str, 
 
 
 def load_adapter(model: Transformer, folder: str | Path, base_id: str, template: str) -> None:
-    """Adds the adapter in `folder` (ours or PEFT's) to the model, frozen. ValueError names what differs.
-
-    An adapter of ours that was trained on an int8 base gets one: it corrects that rounding and no other.
-    """
-    config, ours = read_adapter_config(Path(folder)), Path(folder, "nanopillow.json")
-    if ours.exists():
-        made = read_json(ours, base_id=str, int8=bool, template=str)
-        for field, now in (("base_id", base_id), ("template", template)):
-            if made[field] != now:
-                raise ValueError(f"{ours}: the adapter was trained with {field} {made[field]}, but this run "
-                                 f"has {now}; use the --base that it was trained on, or train again.")
-        if made["int8"]:
-            quantize(model)
+    """Adds the adapter in `folder` (ours or PEFT's) to the model, frozen. ValueError names what differs."""
+    config = read_adapter_config(Path(folder), base_id, template)
+    if config["int8"]:  # the adapter corrects that rounding and no other
+        quantize(model)
     targets = ALL_LINEAR if config["target_modules"] == "all-linear" else config["target_modules"]
     # PEFT writes full names for "all-linear"
     add_lora(model, config["r"], config["lora_alpha"], sorted({str(t).split(".")[-1] for t in targets}))

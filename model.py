@@ -57,9 +57,8 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x: Tensor) -> Tensor:  # (.., C) -> (.., C)
-        # in fp32: a mean of squares overflows in half precision, or loses its digits
-        r = (x.float().square().mean(-1, keepdim=True) + self.eps).rsqrt()  # (.., 1)
-        return (x * r).to(x.dtype) * self.weight
+        # rms(x) = sqrt(mean of x^2 + eps), which PyTorch computes in fp32: squares overflow in half precision
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def rope_tables(config: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,8 +115,7 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, G, H/G T, D)
         else:  # the same written out; in training, with short texts, it is the faster one
             scores = q @ k.transpose(-2, -1) * self.head_dim**-0.5 + mask  # (B, G, H/G T, S)
-            weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)  # (B, G, H/G T, S): rows sum to 1
-            y = weights @ v  # (B, G, H/G T, D)
+            y = scores.softmax(-1) @ v  # (B, G, H/G T, D); softmax computes in fp32, whatever scores are
         y = y.reshape(B, -1, T, self.head_dim).transpose(1, 2)  # (B, T, H, D)
         return self.o_proj(y.reshape(B, T, -1))  # (B, T, C)
 

@@ -143,8 +143,9 @@ def read_config(folder: Path) -> dict:
     return {field: raw[field] for field in (*kinds, "rope_scaling", "qkv_bias", "qk_norm")}
 
 
-def read_adapter_config(folder: Path) -> dict:
-    """An adapter's adapter_config.json, PEFT's or ours. What lora.py cannot honour is refused by name."""
+def read_adapter_config(folder: Path, base_id: str, template: str) -> dict:
+    """An adapter's adapter_config.json, PEFT's or ours, and `int8`: was its base int8? What lora.py cannot
+    honour is refused by name, and so is an adapter of ours that was trained on another base or template."""
     file, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     if not file.exists():
         raise FileNotFoundError(f"{file} is missing; run python train_sft.py --out_dir {folder} with this "
@@ -164,7 +165,14 @@ def read_adapter_config(folder: Path) -> dict:
         if others := [name for name in handle.keys() if ".lora_" not in name]:
             raise ValueError(f"{weights}: '{others[0]}' is no LoRA matrix; an adapter with embeddings or a "
                              f"head of its own is not supported: {remedy}.")
-    return config
+    if not (ours := folder / "nanopillow.json").exists():
+        return config | {"int8": False}
+    made = read_json(ours, base_id=str, int8=bool, template=str)
+    for field, now in (("base_id", base_id), ("template", template)):
+        if made[field] != now:
+            raise ValueError(f"{ours}: the adapter was trained with {field} {made[field]}, but this run has "
+                             f"{now}; use the --base that it was trained on, or train again.")
+    return config | {"int8": made["int8"]}
 
 
 def say_other_base(adapter: str, base: str | Path) -> None:
