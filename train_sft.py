@@ -66,7 +66,7 @@ class Settings:
     # optimisation
     epochs: int = opt(1, "passes over the records", 1)
     batch_size: int = opt(4, "samples in a step; with 8 a pass has too few steps and ends worse", 1)
-    micro_tokens: int = opt(800, "tokens of a micro-batch: fewer take less memory and more time", 1)
+    micro_tokens: int = opt(480, "tokens of a micro-batch: fewer take less memory and more time", 1)
     lr: float = opt(1e-3, "peak learning rate; LoRA wants ten times that of full fine-tuning", 1e-12)
     max_steps: int = opt(0, "stop after this many steps (to --resume later); 0: when the epochs are over")
     seed: int = opt(1337, "seed of LoRA's start, of the order of records and of their prompts")

@@ -512,7 +512,7 @@ def matcher(b: Bench) -> None:
 
 # ---- what fits where -------------------------------------------------------------------------------------
 
-TOKENS, SAMPLE, PROMPT = 800, 200, 60  # of a micro-batch (train_sft.py's default); sample; prompt or query
+TOKENS, SAMPLE, PROMPT = 480, 160, 60  # of a micro-batch (train_sft.py's default); sample; prompt or query
 
 
 def rounded_and_float(c: llama.Config) -> tuple[int, int]:
