@@ -58,7 +58,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (.., C) -> (.., C)
         # rms(x) = sqrt(mean of x^2 + eps), which PyTorch computes in fp32: squares overflow in half precision
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 def rope_tables(config: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
