@@ -30,7 +30,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.base_model import fingerprint, read_adapter_config, say_other_base
@@ -66,9 +65,8 @@ class Int8Linear(nn.Module):
         return self.q * self.scale.float()[:, None]
 
     def forward(self, x: Tensor) -> Tensor:  # (.., in) -> (.., out)
-        # the product is scaled, not q: q is exact in bf16, q * scale would be rounded
-        y = F.linear(x, self.q.to(x.dtype)) * self.scale.to(x.dtype)
-        return y if self.bias is None else y + self.bias
+        # no LoRA is a LoRA of rank 0
+        return with_lora(x, self, x.new_empty(0, self.in_features), x.new_empty(self.out_features, 0))
 
 
 # ---- the adapter -----------------------------------------------------------------------------------------
@@ -86,7 +84,7 @@ class LoRAProduct(torch.autograd.Function):
         h = x @ A.T  # (N, in) -> (N, r)
         ctx.save_for_backward(x, h, W, scale, A, B)
         y = x @ W.to(x.dtype).T  # (N, out)
-        if scale is not None:
+        if scale is not None:  # y, not W: int8 is exact in bf16, but W * scale would be rounded
             y *= scale
         return y.addmm_(h, B.T)  # (N, out)
 
@@ -96,6 +94,14 @@ class LoRAProduct(torch.autograd.Function):
         of_h = g @ B  # (N, r)
         of_x = (g if scale is None else g * scale) @ W.to(g.dtype)  # (N, in)
         return of_x.addmm_(of_h, A), None, None, of_h.T @ x, g.T @ h
+
+
+def with_lora(x: Tensor, base: nn.Linear | Int8Linear, A: Tensor, B: Tensor) -> Tensor:
+    """x (.., in) -> base(x) + x A^T B^T (.., out), for a frozen base; A (r, in), B (out, r)."""
+    W, scale = (base.q, base.scale.to(x.dtype)) if isinstance(base, Int8Linear) else (base.weight, None)
+    y = LoRAProduct.apply(x.reshape(-1, x.size(-1)), W, scale, A, B)  # (N, out)
+    y = y.view(*x.shape[:-1], base.out_features)
+    return y if base.bias is None else y + base.bias
 
 
 class LoRALinear(nn.Module):
@@ -113,12 +119,8 @@ class LoRALinear(nn.Module):
         self.B = nn.Parameter(torch.zeros(base.out_features, r))  # (out, r)
 
     def forward(self, x: Tensor) -> Tensor:  # (.., in) -> (.., out)
-        int8 = isinstance(self.base, Int8Linear)
-        W, scale = (self.base.q, self.base.scale.to(x.dtype)) if int8 else (self.base.weight, None)
         # alpha / r is applied to B in fp32, before the cast
-        A, B = self.A.to(x.dtype), (self.B * self.scaling).to(x.dtype)
-        y = LoRAProduct.apply(x.flatten(0, -2), W, scale, A, B).unflatten(0, x.shape[:-1])
-        return y if self.base.bias is None else y + self.base.bias
+        return with_lora(x, self.base, self.A.to(x.dtype), (self.B * self.scaling).to(x.dtype))
 
 
 def replace_linears(model: Transformer, names: Iterable[str], make: Callable[[nn.Module], nn.Module]) -> int:

@@ -2,6 +2,7 @@
 
     pytest tests/test_lora.py
 """
+import copy
 import json
 import shutil
 
@@ -82,10 +83,18 @@ def test_int8_weight_within_half_a_step(linear):
 
 
 @pytest.mark.parametrize("shape", [(64,), (1, 64), (3, 7, 64)])
-def test_int8_forward_equals_the_dequantised(linear, shape):
-    int8, x = Int8Linear(linear), torch.randn(shape, generator=seeded())
-    difference = int8(x) - F.linear(x, int8.weight, int8.bias)
-    assert (difference.abs() <= 1e-5 * (int8.weight.norm(dim=1) + int8.bias.abs())).all()
+def test_int8_forward_and_gradient_equal_the_dequantised(linear, shape):
+    """Trap 5's autograd.Function has the gradient of the plain expression, also without LoRA."""
+    int8, dense = Int8Linear(linear), copy.deepcopy(linear)
+    dense.weight.data = int8.weight
+    x = torch.randn(shape, generator=seeded(), requires_grad=True)
+    out = torch.randn(*shape[:-1], 48, generator=seeded(1))
+    ys, grads = [], []
+    for layer in (int8, dense):
+        ys.append(layer(x))
+        grads.append(torch.autograd.grad((ys[-1] * out).sum(), x)[0])
+    for a, b in (ys, grads):
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
 
 
 def trained(base):
@@ -156,9 +165,10 @@ def test_autograd_keeps_int8_alone():
     """Trap 5: F.linear(x, q.to(dtype) * scale) makes autograd keep a float copy of every weight."""
     int8 = Int8Linear(nn.Linear(512, 512, bias=False).requires_grad_(False))
     x, weights = torch.randn(1, 512, requires_grad=True), 512 * 512
+    assert weights <= saved_bytes(lambda: int8(x)) < 1.05 * weights
     layer = LoRALinear(int8, 4, 8)
     assert weights <= saved_bytes(lambda: layer(x)) < 1.15 * weights
-    assert saved_bytes(lambda: int8(x)) >= 4 * weights  # what the trap costs
+    assert saved_bytes(lambda: F.linear(x, int8.weight)) >= 4 * weights  # what the trap costs
 
 
 def test_quantize_the_model(llama):
