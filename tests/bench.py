@@ -512,7 +512,8 @@ def matcher(b: Bench) -> None:
 
 # ---- what fits where -------------------------------------------------------------------------------------
 
-TOKENS, SAMPLE, PROMPT = 480, 160, 60  # of a micro-batch (train_sft.py's default); sample; prompt or query
+TOKENS = train_sft.Settings().micro_tokens  # of a micro-batch
+SAMPLE, PROMPT = TOKENS // 3, 60  # tokens of a sample; of a prompt or a query
 
 
 def rounded_and_float(c: llama.Config) -> tuple[int, int]:
